@@ -1,0 +1,169 @@
+"""The plan: every decision of a pipeline as plain, readable values.
+
+Numbers that belong to axes (spacing, shapes, patch, strides, kernels) are in *network order*: the
+source array ``(i, j, k)`` reversed to ``(k, j, i)`` as nnU-Net's readers deliver it, then permuted by
+``transpose_forward``. A ``2d`` configuration leaves out the first network axis.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from medseg.config import Config
+from medseg.errors import PlanError
+from medseg.labels import LabelSet
+
+SCHEMA_VERSION = 1
+
+NetworkName = Literal["unet", "resenc-unet", "segresnet", "swin-unetr"]
+Normalization = Literal["ct", "zscore", "none", "rescale-0-1", "rgb-0-1"]
+Preset = Literal["nnunet", "resenc", "resenc-m", "resenc-l", "resenc-xl", "cpu"]
+Recipe = Literal["nnunet", "cpu"]
+
+
+class Architecture(Config):
+    """A network, as values; `medseg.nets.NETS` turns it into modules.
+
+    Attributes
+    ----------
+    features_per_stage : one number a resolution, finest first
+    strides, kernel_sizes : per stage, one number a network axis
+    blocks_per_stage : convolutions (plain) or residual blocks (resenc) of each encoder stage
+    decoder_convs_per_stage : convolutions of each decoder stage, deepest last resolution excluded
+    """
+
+    network: NetworkName = "unet"
+    features_per_stage: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    kernel_sizes: tuple[tuple[int, ...], ...]
+    blocks_per_stage: tuple[int, ...]
+    decoder_convs_per_stage: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        n = self.n_stages
+        lengths = (len(self.strides), len(self.kernel_sizes), len(self.blocks_per_stage))
+        if lengths != (n, n, n) or len(self.decoder_convs_per_stage) != n - 1:
+            raise ValueError(f"{n} feature numbers need {n} strides, kernels, blocks and {n - 1} decoder stages")
+        return self
+
+    @property
+    def n_stages(self) -> int:
+        """Number of resolutions."""
+        return len(self.features_per_stage)
+
+    @property
+    def dimensions(self) -> int:
+        """2 or 3."""
+        return len(self.strides[0])
+
+
+class ChannelStats(Config):
+    """Foreground intensities of one channel over the training set (fingerprint)."""
+
+    max: float
+    mean: float
+    median: float
+    min: float
+    percentile_00_5: float
+    percentile_99_5: float
+    std: float
+
+
+class Fingerprint(Config):
+    """What a dataset looks like: nnU-Net's ``dataset_fingerprint.json``, axes in reader order (k, j, i)."""
+
+    foreground_intensity_properties_per_channel: dict[str, ChannelStats]
+    median_relative_size_after_cropping: float
+    shapes_after_crop: tuple[tuple[int, ...], ...]
+    spacings: tuple[tuple[float, ...], ...]
+
+
+class Configuration(Config):
+    """One way to train on the dataset: 2d, 3d_lowres, 3d_fullres or 3d_cascade_fullres.
+
+    Attributes
+    ----------
+    spacing : target voxel size, in the unit of the images
+    patch_size : voxels seen by the network
+    batch_size : samples a step
+    median_shape : median size of the cases at `spacing`, in voxels (may end in .5)
+    normalization, use_mask_for_norm : one a channel
+    batch_dice : pool Dice over the batch instead of each sample
+    previous_stage : configuration whose result is fed in as extra channels (cascade)
+    next_stage : the cascade that continues this one
+    """
+
+    spacing: tuple[float, ...]
+    patch_size: tuple[int, ...]
+    batch_size: int = Field(ge=1)
+    median_shape: tuple[float, ...]
+    normalization: tuple[Normalization, ...]
+    use_mask_for_norm: tuple[bool, ...]
+    batch_dice: bool
+    architecture: Architecture
+    order_data: int = Field(default=3, ge=0, le=5)
+    order_seg: int = Field(default=1, ge=0, le=5)
+    order_probabilities: int = Field(default=1, ge=0, le=5)
+    order_z: int = Field(default=0, ge=0, le=5)
+    previous_stage: str | None = None
+    next_stage: str | None = None
+
+    @property
+    def dimensions(self) -> int:
+        """2 or 3."""
+        return len(self.patch_size)
+
+
+class Plan(Config):
+    """All decisions for one dataset.
+
+    Attributes
+    ----------
+    dataset_name, plans_name : names, the latter as nnU-Net would call it
+    preset : which planner made it
+    recipe : the training recipe that goes with it
+    channels : channel names in order
+    labels : label set
+    file_ending : of the dataset's images
+    reader : nnU-Net's reader class name, kept for export
+    transpose_forward, transpose_backward : permutation of reader order (k, j, i) and its inverse
+    original_median_spacing, original_median_shape : for display, network order
+    intensity : fingerprint statistics per channel, read by CT normalisation
+    configurations : by name
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    dataset_name: str
+    plans_name: str
+    preset: Preset
+    recipe: Recipe
+    channels: tuple[str, ...]
+    labels: LabelSet
+    file_ending: str
+    reader: str
+    transpose_forward: tuple[int, int, int]
+    transpose_backward: tuple[int, int, int]
+    original_median_spacing: tuple[float, ...]
+    original_median_shape: tuple[int, ...]
+    intensity: dict[str, ChannelStats]
+    configurations: dict[str, Configuration]
+
+    def configuration(self, name: str) -> Configuration:
+        """Return a configuration by name.
+
+        Raises
+        ------
+        PlanError
+            There is none of that name.
+        """
+        if name not in self.configurations:
+            raise PlanError(
+                f"plan of {self.dataset_name}: no configuration {name!r}. It has {', '.join(self.configurations)}."
+            )
+        return self.configurations[name]
+
+    @property
+    def default_configuration(self) -> str:
+        """3d_fullres where it exists, else 2d."""
+        return "3d_fullres" if "3d_fullres" in self.configurations else next(iter(self.configurations))

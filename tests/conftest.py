@@ -1,0 +1,31 @@
+"""Fixtures: where the real data and the peers' outputs are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _present(folder: Path) -> Path:
+    if not folder.is_dir():
+        pytest.skip(f"{folder.name} is not on this machine (set MEDSEG_TEST_DATA to the folder that holds it)")
+    return folder
+
+
+def _shared() -> Path:
+    given = os.environ.get("MEDSEG_TEST_DATA")
+    return Path(given).parent if given else SHARED
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder with real images (hippocampus, ms_lesion, ...)."""
+    return _present(_shared() / "data")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder with outputs of nnU-Net and of metric packages."""
+    return _present(_shared() / "golden")
