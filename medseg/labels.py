@@ -47,8 +47,10 @@ class LabelSet(Config):
         try:
             return cls(entries=entries, regions_class_order=order)
         except ValueError as error:
-            details = getattr(error, "errors", list)()
-            reason = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in details) or str(error)
+            details: list[Any] = getattr(error, "errors", list)()
+            reason = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in details) or str(
+                error
+            )
             raise LabelError(f"labels: {reason}") from error
 
     @model_validator(mode="after")

@@ -36,7 +36,8 @@ class Listener:
         return False
 
 
-_listener: ContextVar[Listener] = ContextVar("medseg_listener", default=Listener())
+_SILENT = Listener()
+_listener: ContextVar[Listener] = ContextVar("medseg_listener", default=_SILENT)
 _next_key = iter(range(1, 2**62))
 
 

@@ -43,5 +43,6 @@ class Segmentation:
         if self.volume.geometry.unit == "micron":
             scale *= 1e-9
         return {
-            name: float(self.labels.mask(self.volume.array, name).sum()) * scale for name in self.labels.foreground
+            name: float(self.labels.mask(self.volume.array, name).sum()) * scale
+            for name in self.labels.foreground
         }

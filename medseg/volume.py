@@ -44,7 +44,9 @@ class Geometry:
         if len(shape) != 3 or min(shape) < 1:
             raise GeometryError(f"shape {shape}: expected three positive sizes (i, j, k).")
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
-            raise GeometryError("affine: expected 4x4 finite numbers. Re-export the image with a valid header.")
+            raise GeometryError(
+                "affine: expected 4x4 finite numbers. Re-export the image with a valid header."
+            )
         if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
             raise GeometryError(
                 "affine: its axes are degenerate (determinant 0), so voxels have no volume. "
@@ -137,7 +139,9 @@ class Volume:
         import torch
         from monai.data import MetaTensor
 
-        tensor = MetaTensor(torch.as_tensor(np.ascontiguousarray(self.array)), affine=torch.tensor(self.geometry.affine))
+        tensor = MetaTensor(
+            torch.as_tensor(np.ascontiguousarray(self.array)), affine=torch.tensor(self.geometry.affine)
+        )
         tensor.meta["unit"] = self.geometry.unit
         return tensor
 

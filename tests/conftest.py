@@ -10,7 +10,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def _present(folder: Path) -> Path:
     if not folder.is_dir():
-        pytest.skip(f"{folder.name} is not on this machine (set MEDSEG_TEST_DATA to the folder that holds it)")
+        pytest.skip(
+            f"{folder.name} is not on this machine (set MEDSEG_TEST_DATA to the folder that holds it)"
+        )
     return folder
 
 

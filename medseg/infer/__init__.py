@@ -1,0 +1,1 @@
+"""Volume and bundle to labels or probabilities on the source grid."""

@@ -1,0 +1,1 @@
+"""Files to Volume and back, and folders to datasets."""

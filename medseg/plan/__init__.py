@@ -1,0 +1,1 @@
+"""Data to plan: what to train, decided by rules."""

@@ -13,8 +13,6 @@ from medseg.config import Config
 from medseg.errors import PlanError
 from medseg.labels import LabelSet
 
-SCHEMA_VERSION = 1
-
 NetworkName = Literal["unet", "resenc-unet", "segresnet", "swin-unetr"]
 Normalization = Literal["ct", "zscore", "none", "rescale-0-1", "rgb-0-1"]
 Preset = Literal["nnunet", "resenc", "resenc-m", "resenc-l", "resenc-xl", "cpu"]
@@ -44,7 +42,9 @@ class Architecture(Config):
         n = self.n_stages
         lengths = (len(self.strides), len(self.kernel_sizes), len(self.blocks_per_stage))
         if lengths != (n, n, n) or len(self.decoder_convs_per_stage) != n - 1:
-            raise ValueError(f"{n} feature numbers need {n} strides, kernels, blocks and {n - 1} decoder stages")
+            raise ValueError(
+                f"{n} feature numbers need {n} strides, kernels, blocks and {n - 1} decoder stages"
+            )
         return self
 
     @property
@@ -133,7 +133,7 @@ class Plan(Config):
     configurations : by name
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     dataset_name: str
     plans_name: str
     preset: Preset
@@ -159,7 +159,8 @@ class Plan(Config):
         """
         if name not in self.configurations:
             raise PlanError(
-                f"plan of {self.dataset_name}: no configuration {name!r}. It has {', '.join(self.configurations)}."
+                f"plan of {self.dataset_name}: no configuration {name!r}. "
+                f"It has {', '.join(self.configurations)}."
             )
         return self.configurations[name]
 

@@ -1,0 +1,1 @@
+"""Label map to label map, chosen by cross-validation."""

@@ -1,0 +1,1 @@
+"""There and exactly back: source grid to network input and return."""
