@@ -5,7 +5,7 @@ source array ``(i, j, k)`` reversed to ``(k, j, i)`` as nnU-Net's readers delive
 ``transpose_forward``. A ``2d`` configuration leaves out the first network axis.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ NetworkName = Literal["unet", "resenc-unet", "segresnet", "swin-unetr"]
 Normalization = Literal["ct", "zscore", "none", "rescale-0-1", "rgb-0-1"]
 Preset = Literal["nnunet", "resenc", "resenc-m", "resenc-l", "resenc-xl", "cpu"]
 Recipe = Literal["nnunet", "cpu"]
+
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Architecture(Config):
@@ -115,6 +117,32 @@ class Configuration(Config):
         return len(self.patch_size)
 
 
+class PlanOptions(Config):
+    """What a person asked of the planner beyond the preset; all empty by default.
+
+    Attributes
+    ----------
+    gpu_memory_gb : memory of the GPU; nnU-Net's ``-gpu_memory_target``
+    ram_gb : host memory that training may use
+    minutes : training time
+    max_batch_size : no batch is larger
+    target_spacing : of 3d_fullres in reader order (k, j, i); nnU-Net's ``-overwrite_target_spacing``
+    suppress_transpose : leave the axes in reader order
+    """
+
+    gpu_memory_gb: Positive | None = None
+    ram_gb: Positive | None = None
+    minutes: Positive | None = None
+    max_batch_size: Annotated[int, Field(ge=1)] | None = None
+    target_spacing: tuple[Positive, Positive, Positive] | None = None
+    suppress_transpose: bool = False
+
+    @property
+    def departs_from_nnunet(self) -> bool:
+        """Whether a budget is set that nnU-Net does not know."""
+        return (self.ram_gb, self.minutes, self.max_batch_size) != (None, None, None)
+
+
 class Plan(Config):
     """All decisions for one dataset.
 
@@ -122,6 +150,8 @@ class Plan(Config):
     ----------
     dataset_name, plans_name : names, the latter as nnU-Net would call it
     preset : which planner made it
+    planner : class name that nnU-Net records, where it is not the preset's own
+    options : what was asked of the planner
     recipe : the training recipe that goes with it
     channels : channel names in order
     labels : label set
@@ -137,6 +167,8 @@ class Plan(Config):
     dataset_name: str
     plans_name: str
     preset: Preset
+    planner: str | None = None
+    options: PlanOptions = PlanOptions()
     recipe: Recipe
     channels: tuple[str, ...]
     labels: LabelSet
