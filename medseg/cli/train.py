@@ -1,0 +1,91 @@
+"""``medseg train`` and ``medseg stop``."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    dataset: Annotated[Path, typer.Argument(help="Dataset folder or CSV manifest.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Recipe settings, e.g. optimizer.lr=0.001 epochs=50.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder.")] = Path("run"),
+    plan: Annotated[Path | None, typer.Option(help="Plan file; made from the dataset if not given.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="nnunet, resenc-m, resenc-l, resenc-xl or cpu; cpu without a GPU.")
+    ] = None,
+    configuration: Annotated[
+        str | None,
+        typer.Option("--configuration", "-c", help="2d, 3d_lowres, 3d_fullres, 3d_cascade_fullres."),
+    ] = None,
+    fold: Annotated[str, typer.Option(help="0 to 4, or all.")] = "0",
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0.05, help="Finish in this time, learning rate annealed.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    recipe: Annotated[str | None, typer.Option(help="nnunet, cpu, or a YAML file.")] = None,
+    pretrained: Annotated[Path | None, typer.Option(help="Bundle to fine-tune from.")] = None,
+    previous: Annotated[Path | None, typer.Option(help="Run folder of the cascade's first stage.")] = None,
+    splits: Annotated[Path | None, typer.Option(help="splits_final.json with custom folds.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Train a model on DATASET and write a bundle, its validation and a report to the run folder."""
+    from medseg.errors import ConfigError
+    from medseg.train import describe, fit
+
+    if fold != "all" and not fold.isdigit():
+        raise ConfigError(f"--fold {fold}: expected a number or 'all'.")
+    chosen: dict[str, object] = {
+        "plan": plan,
+        "preset": preset,
+        "configuration": configuration,
+        "fold": "all" if fold == "all" else int(fold),
+        "overrides": tuple(overrides or ()),
+        "recipe": recipe,
+        "splits": splits,
+    }
+    if dry_run:
+        facts = describe(dataset, out, **chosen)  # type: ignore[arg-type]
+        typer.echo(json_module.dumps(facts, indent=1) if json else _readable(facts))
+        return
+    bundle = fit(
+        dataset,
+        out,
+        max_minutes=max_minutes,
+        resume=resume,
+        pretrained=pretrained,
+        previous=previous,
+        device=device,
+        **chosen,  # type: ignore[arg-type]
+    )
+    summary = json_module.loads((out / f"fold_{fold}" / "result.json").read_text())
+    if json:
+        typer.echo(json_module.dumps(summary))
+        return
+    typer.echo(f"Bundle: {bundle}")
+    typer.echo(f"Report: {out / f'fold_{fold}' / 'report.html'}")
+    for name, dice in summary["validation_dice"].items():
+        typer.echo(f"  Dice {name}: {dice:.4f}" if dice is not None else f"  Dice {name}: no case has it")
+
+
+def stop(run: Annotated[Path, typer.Argument(help="Run folder of a training in progress.")]) -> None:
+    """Ask a running training to end after this epoch, keep its best weights, and write its bundle."""
+    from medseg.errors import TrainingError
+
+    folders = [p.parent for p in run.glob("fold_*/state.safetensors")]
+    if not folders:
+        raise TrainingError(
+            f"{run}: no training is in progress here. Give the folder that was passed with -o."
+        )
+    for folder in folders:
+        (folder / "STOP").touch()
+    typer.echo(f"{run}: training will stop at the end of its epoch.")
+
+
+def _readable(facts: dict[str, object]) -> str:
+    return "\n".join(f"{name:<16}{value}" for name, value in facts.items())

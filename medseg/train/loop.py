@@ -1,0 +1,355 @@
+"""The one training loop: steps, validation, checkpoints, and every way it may end."""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from medseg import log
+from medseg.errors import Cancelled, ResourceError, TrainingError
+from medseg.labels import LabelSet
+from medseg.train import losses, state
+from medseg.train.config import OptimizerConfig, TrainConfig
+from medseg.train.samples import Sampler, batches, to_target, validation_batches
+
+STOP_FILE = "STOP"
+STATE_FILE = "state.safetensors"
+BEST_FILE = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one fold's training needs, besides the processes it runs in.
+
+    Attributes
+    ----------
+    train, validation : where patches come from; None trains without validation
+    batch_size : samples a step, over all processes
+    folder : where state, log and best weights are kept
+    key : hash of everything that must agree on resume
+    limit_seconds : end the schedule after this much time; None runs all steps
+    """
+
+    network: nn.Module
+    labels: LabelSet
+    config: TrainConfig
+    batch_size: int
+    batch_dice: bool
+    train: Sampler
+    validation: Sampler | None
+    folder: Path
+    key: str
+    title: str
+    limit_seconds: float | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Trained weights (the averaged ones where the recipe averages) and how the run went."""
+
+    network: nn.Module
+    progress: state.Progress
+    ended: str
+
+
+class Clock:
+    """Fraction of the schedule that is done, by steps or by time, whichever is further."""
+
+    def __init__(self, job: Job, progress: state.Progress) -> None:
+        self.job, self.progress = job, progress
+        self.started = time.monotonic()
+        self.before = progress.elapsed_seconds
+
+    def elapsed(self) -> float:
+        """Seconds spent training, earlier sessions included."""
+        return self.before + time.monotonic() - self.started
+
+    def fraction(self) -> float:
+        """0 at the start, 1 at the end."""
+        by_steps = self.progress.step / self.job.config.steps
+        limit = self.job.limit_seconds
+        return min(1.0, by_steps if limit is None else max(by_steps, self.elapsed() / max(limit, 1e-9)))
+
+
+def run(job: Job, fabric: Any) -> Outcome:
+    """Train until the schedule, the time limit, patience or a STOP file ends it.
+
+    Parameters
+    ----------
+    fabric : lightning_fabric.Fabric
+        Launched; decides device, precision and processes.
+
+    Raises
+    ------
+    Cancelled
+        The listener asked to stop; the state is saved, so that a resumed run goes on from here.
+    TrainingError
+        The loss is not finite, or the state on disk belongs to another run.
+    ResourceError
+        Memory ran out.
+    """
+    average = copy.deepcopy(job.network) if job.config.ema_decay else None
+    if average is not None:
+        state.frozen(average.parameters())
+        average.to(fabric.device)
+    raw = job.network
+    network, optimizer = fabric.setup(
+        _compiled(raw, job.config, fabric), make_optimizer(raw, job.config.optimizer)
+    )
+    progress = state.Progress()
+    path = job.folder / STATE_FILE
+    if job.resume and path.exists():
+        progress = state.load_state(path, raw, average, optimizer, job.key)
+    session = Session(job, fabric, network, raw, average, optimizer, progress)
+    try:
+        ended = session.run()
+    except (Cancelled, KeyboardInterrupt):
+        session.save()
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"{job.title}: memory ran out at batch size {job.batch_size}. "
+            f"Start anew with batch_size={max(1, job.batch_size // 2)}, or plan with a smaller budget."
+        ) from error
+    return Outcome(average if average is not None else raw, progress, ended)
+
+
+class Session:
+    """One process's part of a run; the order of its methods is the order of events."""
+
+    def __init__(
+        self,
+        job: Job,
+        fabric: Any,
+        network: nn.Module,
+        raw: nn.Module,
+        average: nn.Module | None,
+        optimizer: Optimizer,
+        progress: state.Progress,
+    ) -> None:
+        self.job, self.fabric, self.network, self.raw = job, fabric, network, raw
+        self.average, self.optimizer, self.progress = average, optimizer, progress
+        self.clock = Clock(job, progress)
+        self.losses: list[Tensor] = []
+        self.saved = time.monotonic()
+
+    def run(self) -> str:
+        """Do the steps; return why it ended."""
+        job, progress = self.job, self.progress
+        stream = batches(
+            job.train,
+            progress.step,
+            job.batch_size,
+            self.fabric.global_rank,
+            self.fabric.world_size,
+            job.config.loader_threads,
+        )
+        total = 1000
+        with log.task(job.title, total) as task:
+            shown = int(total * self.clock.fraction())
+            task.advance(shown)
+            while not self._ended():
+                self.step(*next(stream))
+                note = ""
+                if progress.step % job.config.steps_per_epoch == 0 or self._ended():
+                    note = self.end_epoch()
+                    if reason := self._reason_to_stop():
+                        return reason
+                now = int(total * self.clock.fraction())
+                if note or now > shown or progress.step % 20 == 0:
+                    task.advance(now - shown, note)
+                    shown = now
+                self._save_sometimes()
+        return "the schedule is complete"
+
+    def _ended(self) -> bool:
+        """Agree on the end: a clock may differ between processes."""
+        done = self.clock.fraction() >= 1.0 and self.progress.step > 0
+        if self.job.limit_seconds is None or self.fabric.world_size == 1:
+            return done
+        return bool(self.fabric.broadcast(done))
+
+    def step(self, images: Tensor, segs: Tensor) -> None:
+        """One optimiser step on this process's share of a batch."""
+        config = self.job.config
+        set_learning_rate(self.optimizer, config, self.clock.fraction())
+        images = _to_device(images, self.fabric.device)
+        outputs = self.network(images)
+        loss = total_loss(outputs, segs.to(self.fabric.device), self.job, self.fabric.world_size > 1)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        self.fabric.clip_gradients(self.network, self.optimizer, max_norm=config.optimizer.clip_norm)
+        self.optimizer.step()
+        self.losses.append(loss.detach())
+        if self.average is not None:
+            state.update_average(self.average, self.raw, config.ema_decay, self.progress.step)
+        self.progress.step += 1
+        self.progress.elapsed_seconds = self.clock.elapsed()
+
+    def end_epoch(self) -> str:
+        """Validate, log, keep the best, checkpoint; return a short status text."""
+        job, progress = self.job, self.progress
+        loss = float(torch.stack(self.losses).mean()) if self.losses else math.nan
+        self.losses.clear()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"{job.title}: the loss is {loss} at step {progress.step}. Lower the learning rate "
+                "(optimizer.lr=...), or set precision=fp32; the last good state is kept."
+            )
+        epoch = -(-progress.step // job.config.steps_per_epoch)
+        row: dict[str, Any] = {"epoch": epoch, "step": progress.step, "loss": round(loss, 6)}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["seconds"] = round(progress.elapsed_seconds, 1)
+        note = f"loss {loss:.3f}"
+        if job.validation is not None and job.config.val_samples:
+            dice = self.validate(job.validation)
+            row["dice"] = {name: None if math.isnan(d) else round(d, 5) for name, d in dice.items()}
+            note += "  Dice " + " ".join(f"{d:.3f}" for d in dice.values())
+            self._keep_best(float(np.nanmean([*dice.values()])) if not _all_nan(dice) else 0.0, epoch)
+        progress.history.append(row)
+        self.save()
+        return note
+
+    def validate(self, sampler: Sampler) -> dict[str, float]:
+        """Return Dice per foreground entry, pooled over the validation patches."""
+        network = self.average if self.average is not None else self.raw
+        network.eval()
+        counts = torch.zeros(3, len(self.job.labels.foreground), device=self.fabric.device)
+        shares = (self.fabric.global_rank, self.fabric.world_size)
+        size = -(-self.job.batch_size // self.fabric.world_size)
+        with torch.inference_mode(), self.fabric.autocast():
+            for images, segs in validation_batches(sampler, self.job.config.val_samples, size, *shares):
+                outputs = network(_to_device(images, self.fabric.device))
+                logits = outputs[0] if isinstance(outputs, list | tuple) else outputs
+                counts += overlap_counts(logits, segs.to(logits.device), self.job.labels)
+        network.train()
+        counts = self.fabric.all_reduce(counts, reduce_op="sum")
+        both, predicted, reference = counts.double().cpu().numpy()
+        with np.errstate(invalid="ignore"):
+            dice = 2 * both / (predicted + reference)
+        return dict(zip(self.job.labels.foreground, dice.tolist(), strict=True))
+
+    def save(self) -> None:
+        """Write the state (first process only)."""
+        self.saved = time.monotonic()
+        if self.fabric.is_global_zero:
+            path = self.job.folder / STATE_FILE
+            state.save_state(path, self.raw, self.average, self.optimizer, self.progress, self.job.key)
+            lines = [json.dumps(row) + "\n" for row in self.progress.history]
+            (self.job.folder / "log.jsonl").write_text("".join(lines))
+        self.fabric.barrier()
+
+    def _save_sometimes(self) -> None:
+        due = time.monotonic() - self.saved > self.job.config.checkpoint_seconds
+        if self.fabric.world_size > 1:
+            due = self.progress.step % self.job.config.steps_per_epoch == 0  # clocks differ, steps do not
+        if due:
+            self.save()
+
+    def _keep_best(self, dice: float, epoch: int) -> None:
+        progress = self.progress
+        progress.score = dice if progress.score is None else 0.9 * progress.score + 0.1 * dice
+        if progress.score > progress.best_score:
+            progress.best_score, progress.best_epoch = progress.score, epoch
+            if self.fabric.is_global_zero:
+                best = self.average if self.average is not None else self.raw
+                state.save_weights(self.job.folder / BEST_FILE, best)
+
+    def _reason_to_stop(self) -> str | None:
+        patience = self.job.config.patience_epochs
+        epoch = -(-self.progress.step // self.job.config.steps_per_epoch)
+        if patience and self.progress.best_epoch >= 0 and epoch - self.progress.best_epoch >= patience:
+            return f"no better score for {patience} epochs"
+        stop = (self.job.folder / STOP_FILE).exists()
+        return "a STOP file was found" if self.fabric.broadcast(stop) else None
+
+
+def make_optimizer(network: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Return SGD with Nesterov momentum, or AdamW."""
+    if config.name == "sgd":
+        return SGD(
+            network.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+        )
+    return AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+
+def set_learning_rate(optimizer: Optimizer, config: TrainConfig, fraction: float) -> None:
+    """Set the rate for this point of the schedule; ``poly`` changes at epoch starts, as nnU-Net's does."""
+    schedule, lr = config.schedule, config.optimizer.lr
+    if schedule.name == "poly":
+        epoch = math.floor(fraction * config.epochs)
+        lr *= (1 - epoch / config.epochs) ** schedule.power if epoch < config.epochs else 0.0
+    else:
+        lr *= 0.5 * (1 + math.cos(math.pi * fraction))
+    if schedule.warmup:
+        lr *= min(1.0, (fraction + 1e-4) / schedule.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def total_loss(outputs: Tensor | Sequence[Tensor], segs: Tensor, job: Job, keep_all: bool) -> Tensor:
+    """Return the deep-supervision sum of the losses.
+
+    ``keep_all`` keeps outputs of weight 0 in the graph: DDP waits for every parameter's gradient.
+    """
+    if isinstance(outputs, Tensor):
+        outputs = [outputs]
+    target, valid = to_target(segs, job.labels)
+    terms = []
+    for logits, weight in zip(outputs, losses.deep_supervision_weights(len(outputs)), strict=True):
+        if weight == 0.0:
+            terms += [logits.sum() * 0.0] if keep_all else []
+            continue
+        size = logits.shape[2:]
+        goal = losses.downsample_target(target, size)
+        if job.labels.has_regions:
+            mask = None if valid is None else losses.downsample_target(valid.to(torch.uint8), size).bool()
+            term = losses.region_loss(logits, goal, mask, job.batch_dice, job.config.loss)
+        else:
+            term = losses.class_loss(logits, goal, job.labels.ignore, job.batch_dice, job.config.loss)
+        terms.append(weight * term)
+    return torch.stack(terms).sum()
+
+
+def overlap_counts(logits: Tensor, segs: Tensor, labels: LabelSet) -> Tensor:
+    """Return (3, foreground): voxels in both, predicted, and in the reference; ignored ones left out."""
+    target, valid = to_target(segs, labels)
+    if labels.has_regions:
+        predicted, reference = logits > 0, target.bool()
+    else:
+        classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, *[1] * (segs.ndim - 1))
+        predicted, reference = logits.argmax(1, keepdim=True) == classes, target[:, None] == classes
+    if valid is not None:
+        predicted, reference = predicted & valid[:, None], reference & valid[:, None]
+    axes = [0, *range(2, logits.ndim)]
+    return torch.stack([m.sum(axes).float() for m in (predicted & reference, predicted, reference)])
+
+
+def _compiled(network: nn.Module, config: TrainConfig, fabric: Any) -> nn.Module:
+    on = config.compile == "on" or (config.compile == "auto" and fabric.device.type == "cuda")
+    return cast(nn.Module, torch.compile(network)) if on else network
+
+
+def _to_device(images: Tensor, device: torch.device) -> Tensor:
+    """Move a batch; channels last is 10 % faster for 3D convolutions in bf16 on a CPU."""
+    if images.ndim == 5 and device.type == "cpu":
+        return images.contiguous(memory_format=torch.channels_last_3d)
+    return images.to(device, non_blocking=True)
+
+
+def _all_nan(dice: dict[str, float]) -> bool:
+    return all(math.isnan(d) for d in dice.values())
