@@ -2,12 +2,13 @@
 
 A spline zoom along the axes is linear and separable: each axis is one matrix (:func:`axis_weights`), and
 a volume is resized by at most three products in BLAS instead of a 64-point sum a voxel. Values follow
-nnU-Net v2 ``preprocessing/resampling/default_resampling.py``, that is ``skimage.transform.resize(mode="edge",
-anti_aliasing=False)`` = ``scipy.ndimage.zoom(mode="nearest", grid_mode=True)`` clipped to the range of the input,
-and batchgenerators 0.25.5 ``resize_segmentation`` for label maps.
+nnU-Net v2 ``preprocessing/resampling/default_resampling.py``, that is ``skimage.transform.resize``
+(mode edge, no anti-aliasing) = ``scipy.ndimage.zoom(mode="nearest", grid_mode=True)`` clipped to the range of
+the input, and batchgenerators 0.25.5 ``resize_segmentation`` for label maps.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -63,25 +64,27 @@ def axis_weights(n_in: int, n_out: int, order: int) -> FloatArray:
         weights = np.eye(n_in)
     else:
         # The second axis has factor 1, so each column is the response to one input voxel.
-        weights = ndimage.zoom(np.eye(n_in), (n_out / n_in, 1.0), order=order, mode="nearest", grid_mode=True)
+        factors = (n_out / n_in, 1.0)
+        zoom: Any = ndimage.zoom
+        weights = zoom(np.eye(n_in), factors, order=order, mode="nearest", grid_mode=True)
         weights[np.abs(weights) < NEGLIGIBLE_WEIGHT] = 0.0
     weights.flags.writeable = False
     return weights
 
 
 def source_positions(n_in: int, n_out: int) -> FloatArray:
-    """Return where the centre of each output voxel lies on the input axis, in voxels, inside [0, n_in - 1].
+    """Return where the centre of each output voxel lies on the input axis, in voxels; may leave it by half.
 
     The operations are scipy's, in scipy's order, so that ties round alike.
     """
-    positions = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
-    return np.clip(positions, 0.0, n_in - 1.0)
+    positions: FloatArray = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    return positions
 
 
 def nearest_voxels(n_in: int, n_out: int) -> IntArray:
     """Return the index of the input voxel that each output voxel copies (order 0; halves go up)."""
     indices: IntArray = np.floor(source_positions(n_in, n_out) + 0.5).astype(np.intp)
-    return np.minimum(indices, n_in - 1)
+    return np.clip(indices, 0, n_in - 1)
 
 
 def resample(
@@ -216,18 +219,31 @@ def _resize_labels(labels: IntArray, shape: Shape, order: int) -> IntArray:
     return _spline_vote(labels, nearest, order)
 
 
+class _Election:
+    """The running winner among labels whose scores are counted one after the other, ascending."""
+
+    def __init__(self, nearest: IntArray) -> None:
+        self.nearest = nearest
+        self.winner = nearest.copy()
+        self.best = np.full(nearest.shape, -np.inf)
+        self.of_nearest = np.zeros(nearest.shape)
+
+    def count(self, label: int, score: FloatArray) -> None:
+        np.copyto(self.of_nearest, score, where=self.nearest == label)
+        np.copyto(self.winner, label, where=score > self.best)
+        np.maximum(self.best, score, out=self.best)
+
+    def result(self) -> IntArray:
+        np.copyto(self.winner, self.nearest, where=self.of_nearest == self.best)
+        return self.winner
+
+
 def _spline_vote(labels: IntArray, nearest: IntArray, order: int) -> IntArray:
-    best = np.full(nearest.shape, -np.inf)
-    winner = nearest.copy()
-    of_nearest = np.zeros(nearest.shape)
+    election = _Election(nearest)
     for label in np.unique(labels):
-        score = np.clip(resize((labels == label).astype(np.float64), nearest.shape, order), 0.0, 1.0)
-        np.copyto(of_nearest, score, where=nearest == label)
-        better = score > best
-        np.copyto(winner, label, where=better)
-        np.copyto(best, score, where=better)
-    np.copyto(winner, nearest, where=of_nearest == best)
-    return winner
+        indicator = (labels == label).astype(np.float64)
+        election.count(label, np.clip(resize(indicator, nearest.shape, order), 0.0, 1.0))
+    return election.result()
 
 
 def _linear_vote(labels: IntArray, nearest: IntArray) -> IntArray:
@@ -236,51 +252,38 @@ def _linear_vote(labels: IntArray, nearest: IntArray) -> IntArray:
     Weights are multiplied and added in the order of scipy's ``NI_ZoomShift`` (first axis first, last
     axis fastest) in float64, so that even ties that hang on a rounding are decided as there.
     """
-    below, above, fraction = _linear_neighbours(labels.shape, nearest.shape)
-    mixed = np.flatnonzero(~_uniform_cells(labels)[np.ix_(*below)])
-    winner = nearest.reshape(-1)  # np.ix_ made a fresh, contiguous array
+    axes = [_linear_neighbours(n, m) for n, m in zip(labels.shape, nearest.shape, strict=True)]
+    mixed = np.flatnonzero(~_uniform_cells(labels)[np.ix_(*[voxels[0] for voxels, _ in axes])])
+    winner = nearest.reshape(-1)  # np.ix_ made `nearest` a fresh array
     for start in range(0, mixed.size, BLOCK_VOXELS):
-        voxels = mixed[start : start + BLOCK_VOXELS]
-        index = np.unravel_index(voxels, nearest.shape)
-        corners, weights = [], []
+        chosen = mixed[start : start + BLOCK_VOXELS]
+        index = np.unravel_index(chosen, nearest.shape)
+        corners = []
         for corner in np.ndindex(2, 2, 2):
-            sides = [(above if side else below)[a][index[a]] for a, side in enumerate(corner)]
-            parts = [fraction[a][side][index[a]] for a, side in enumerate(corner)]
-            corners.append(labels[tuple(sides)])
-            weights.append(parts[0] * parts[1] * parts[2])
-        winner[voxels] = _vote(corners, weights, winner[voxels])
+            sides = [axes[a][0][side][index[a]] for a, side in enumerate(corner)]
+            parts = [axes[a][1][side][index[a]] for a, side in enumerate(corner)]
+            corners.append((labels[tuple(sides)], parts[0] * parts[1] * parts[2]))
+        winner[chosen] = _vote(corners, winner[chosen])
     return winner.reshape(nearest.shape)
 
 
-def _vote(corners: list[IntArray], weights: list[FloatArray], nearest: IntArray) -> IntArray:
-    best = np.full(nearest.shape, -np.inf)
-    winner = nearest.copy()
-    of_nearest = np.zeros(nearest.shape)
-    for label in np.unique(np.concatenate(corners)):
+def _vote(corners: list[tuple[IntArray, FloatArray]], nearest: IntArray) -> IntArray:
+    election = _Election(nearest)
+    for label in np.unique(np.concatenate([found for found, _ in corners])):
         score = np.zeros(nearest.shape)
-        for corner, weight in zip(corners, weights, strict=True):
-            score += np.where(corner == label, weight, 0.0)
-        np.copyto(of_nearest, score, where=nearest == label)
-        better = score > best
-        np.copyto(winner, label, where=better)
-        np.copyto(best, score, where=better)
-    np.copyto(winner, nearest, where=of_nearest == np.minimum(best, 1.0))
-    return winner
+        for found, weight in corners:
+            score += np.where(found == label, weight, 0.0)
+        election.count(label, np.minimum(score, 1.0))
+    return election.result()
 
 
-def _linear_neighbours(
-    shape: Shape, target: Shape
-) -> tuple[list[IntArray], list[IntArray], list[tuple[FloatArray, FloatArray]]]:
-    """Return per axis the lower and upper source voxel and their weights, for each output voxel."""
-    below, above, fraction = [], [], []
-    for n_in, n_out in zip(shape, target, strict=True):
-        position = np.arange(n_in, dtype=np.float64) if n_in == n_out else source_positions(n_in, n_out)
-        floor = np.floor(position)
-        below.append(floor.astype(np.intp))
-        above.append(np.minimum(below[-1] + 1, n_in - 1))
-        lower = 1.0 - (position - floor)
-        fraction.append((lower, 1.0 - lower))  # scipy makes the last weight the rest to 1
-    return below, above, fraction
+def _linear_neighbours(n_in: int, n_out: int) -> tuple[IntArray, FloatArray]:
+    """Return (2, n_out) lower and upper source voxel of each output voxel, and (2, n_out) their weights."""
+    position = source_positions(n_in, n_out)
+    floor = np.floor(position)
+    voxels: IntArray = np.clip(np.stack([floor, floor + 1]).astype(np.intp), 0, n_in - 1)
+    lower = 1.0 - (position - floor)
+    return voxels, np.stack([lower, 1.0 - lower])  # scipy makes the last weight the rest to 1
 
 
 def _uniform_cells(labels: IntArray) -> BoolArray:

@@ -6,7 +6,7 @@ Source: nnU-Net v2 ``inference/sliding_window_prediction.py`` and acvl_utils ``p
 from functools import lru_cache
 from itertools import product
 from math import ceil
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy import ndimage
@@ -76,7 +76,7 @@ def gaussian_weights(patch: Shape, dtype: Any = np.float16) -> FloatArray:
     weights = (weights / (weights.max() / GAUSSIAN_PEAK)).astype(dtype)
     weights[weights == 0] = weights[weights > 0].min()
     weights.flags.writeable = False
-    return weights
+    return cast(FloatArray, weights)
 
 
 def _gaussian_profile(size: int) -> FloatArray:
