@@ -109,62 +109,87 @@ def resample(
         return array
     result = np.empty((array.shape[0], *shape), dtype=array.dtype)
     for channel, out in zip(array, result, strict=True):
-        working = channel.astype(np.result_type(channel.dtype, np.float32), copy=False)
-        out[...] = _resample_channel(working, shape, order, separate, order_z)
+        out[...] = resample_rows(channel, shape, slice(0, shape[0]), order, separate, order_z)
     return result
 
 
-def _resample_channel(
-    channel: FloatArray, shape: Shape, order: int, separate: int | None, order_z: int
+def resample_rows(
+    channel: Array, shape: Shape, rows: slice, order: int, separate: int | None = None, order_z: int = 0
 ) -> FloatArray:
+    """Return some rows along the first axis of one resampled channel, reading only what they need.
+
+    Parameters
+    ----------
+    channel : (a0, a1, a2), floating, may be memory-mapped
+    shape : (m0, m1, m2) of the whole result
+    rows : slice of range(m0), both ends given
+    order, separate, order_z : as for :func:`resample`
+
+    Returns
+    -------
+    (rows, m1, m2), at least float32; equal to those rows of :func:`resample`
+    """
     if separate is None:
-        return _clip_like(resize(channel, shape, order), channel, (0, 1, 2))
-    if order_z == 0:  # take only the slices that are used, before the work in the plane
-        slices = nearest_voxels(channel.shape[separate], shape[separate])
-        used, repeat = np.unique(slices, return_inverse=True)
-        plane = _resize_slices(np.take(channel, used, axis=separate), shape, order, separate)
-        return np.take(plane, repeat, axis=separate)
-    return resize(_resize_slices(channel, shape, order, separate), shape, order_z)
+        return _clip_like(_resize(channel, shape, order, rows), channel, order, (0, 1, 2))
+    if order_z != 0:
+        whole = _resize_slices(
+            channel, shape, order, separate, slice(0, _in_plane(channel, shape, separate)[0])
+        )
+        return _resize(whole, shape, order_z, rows)
+    # Take only the slices that are used, before the work in the plane.
+    slices = nearest_voxels(channel.shape[separate], shape[separate])
+    used, repeat = np.unique(slices[rows] if separate == 0 else slices, return_inverse=True)
+    picked = np.take(channel, used, axis=separate)
+    plane = _resize_slices(picked, shape, order, separate, slice(0, len(used)) if separate == 0 else rows)
+    return np.take(plane, repeat, axis=separate)
 
 
-def _resize_slices(channel: FloatArray, shape: Shape, order: int, separate: int) -> FloatArray:
-    in_plane = tuple(channel.shape[a] if a == separate else n for a, n in enumerate(shape))
+def _in_plane(channel: Array, shape: Shape, separate: int) -> Shape:
+    return tuple(channel.shape[a] if a == separate else n for a, n in enumerate(shape))
+
+
+def _resize_slices(channel: Array, shape: Shape, order: int, separate: int, rows: slice) -> FloatArray:
     plane_axes = tuple(axis for axis in range(3) if axis != separate)
-    return _clip_like(resize(channel, in_plane, order), channel, plane_axes)
+    resized = _resize(channel, _in_plane(channel, shape, separate), order, rows)
+    return _clip_like(resized, channel, order, plane_axes)
 
 
-def _clip_like(resized: FloatArray, source: FloatArray, axes: tuple[int, ...]) -> FloatArray:
-    if resized is source:
+def _clip_like(resized: FloatArray, source: Array, order: int, axes: tuple[int, ...]) -> FloatArray:
+    if order < 2:  # weights are positive and sum to 1: nothing can leave the range
         return resized
     low = source.min(axis=axes, keepdims=True)
     high = source.max(axis=axes, keepdims=True)
-    return np.clip(resized, low, high, out=resized)
+    return np.clip(resized, low, high)
 
 
-def resize(channel: FloatArray, shape: Shape, order: int) -> FloatArray:
-    """Zoom one (a0, a1, a2) channel to `shape` without clipping; the input itself where nothing changes.
+def _resize(channel: Array, shape: Shape, order: int, rows: slice) -> FloatArray:
+    """Zoom one (a0, a1, a2) channel to `shape` without clipping and return some rows of it.
 
     Axes that shrink most go first, so that later ones have less to do.
     """
-    ratios = [(n / channel.shape[axis], axis) for axis, n in enumerate(shape)]
-    for ratio, axis in sorted(ratios):
-        if ratio != 1:
-            channel = apply_weights(channel, axis_weights(channel.shape[axis], shape[axis], order), axis)
-    return channel
+    ratios = [(n / channel.shape[axis], axis) for axis, n in enumerate((rows.stop - rows.start, *shape[1:]))]
+    for _, axis in sorted(ratios):
+        n_in = channel.shape[axis]
+        if axis == 0 and n_in == shape[0]:
+            channel = channel[rows]
+        elif n_in != shape[axis]:
+            weights = axis_weights(n_in, shape[axis], order)
+            channel = apply_weights(channel, weights[rows] if axis == 0 else weights, axis)
+    return channel.astype(np.result_type(channel.dtype, np.float32), copy=False)
 
 
-def apply_weights(channel: FloatArray, weights: FloatArray, axis: int) -> FloatArray:
+def apply_weights(channel: Array, weights: FloatArray, axis: int) -> FloatArray:
     """Multiply one axis of a (a0, a1, a2) array by a (m, n) matrix, skipping the zeros off its band."""
-    weights = weights.astype(channel.dtype, copy=False)
+    dtype = np.result_type(channel.dtype, np.float32)
     rows = weights.shape[0]
-    result = np.empty((*channel.shape[:axis], rows, *channel.shape[axis + 1 :]), dtype=channel.dtype)
+    result = np.empty((*channel.shape[:axis], rows, *channel.shape[axis + 1 :]), dtype=dtype)
     for start in range(0, rows, BLOCK_ROWS):
         block = weights[start : start + BLOCK_ROWS]
         used = np.flatnonzero(block.any(axis=0))
         band = slice(int(used[0]), int(used[-1]) + 1)
-        source = channel[(slice(None),) * axis + (band,)]
+        source = channel[(slice(None),) * axis + (band,)].astype(dtype, copy=False)
         target = result[(slice(None),) * axis + (slice(start, start + BLOCK_ROWS),)]
-        _multiply(np.ascontiguousarray(block[:, band]), source, target, axis)
+        _multiply(np.ascontiguousarray(block[:, band], dtype=dtype), source, target, axis)
     return result
 
 
@@ -242,7 +267,8 @@ def _spline_vote(labels: IntArray, nearest: IntArray, order: int) -> IntArray:
     election = _Election(nearest)
     for label in np.unique(labels):
         indicator = (labels == label).astype(np.float64)
-        election.count(label, np.clip(resize(indicator, nearest.shape, order), 0.0, 1.0))
+        score = _resize(indicator, nearest.shape, order, slice(0, nearest.shape[0]))
+        election.count(label, np.clip(score, 0.0, 1.0))
     return election.result()
 
 
