@@ -64,14 +64,30 @@ def read_mapping(path: PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_FastSafeLoader)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file. Check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not readable as YAML or JSON ({reason}). Mend the file.") from error
+    return parse_mapping(text, str(path))
+
+
+def parse_mapping(text: str, where: str) -> dict[str, Any]:
+    """Parse YAML or JSON whose top level is a mapping; `where` names it in errors.
+
+    Raises
+    ------
+    ConfigError
+        The text does not parse, or holds something else.
+    """
+    try:
+        data = yaml.load(text, Loader=_FastSafeLoader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}: not readable as YAML or JSON ({reason}). Mend the file.") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top level, found {type(data).__name__}.")
+        raise ConfigError(f"{where}: expected a mapping at the top level, found {type(data).__name__}.")
     return data
 
 

@@ -93,6 +93,11 @@ class LabelSet(Config):
         return {n: v for n, v in self.entries.items() if n not in ("background", "ignore")}
 
     @property
+    def foreground_values(self) -> tuple[int, ...]:
+        """Integers of a label map without background and ignore; the one-hot channels of a cascade."""
+        return tuple(value for value in self.values if value not in (0, self.ignore))
+
+    @property
     def n_outputs(self) -> int:
         """Channels of the network: classes with background, or regions without."""
         return len(self.foreground) + (0 if self.has_regions else 1)
