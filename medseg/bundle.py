@@ -10,8 +10,10 @@
 """
 
 import hashlib
+import os
 import re
 import stat
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
