@@ -181,7 +181,8 @@ def from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> Pl
         )
     except KeyError as error:
         raise PlanError(
-            f"plans.json: key {error} is missing in it or in its dataset.json. Pass files that nnU-Net v2 wrote."
+            f"plans.json: key {error} is missing in it or in its dataset.json. "
+            "Pass files that nnU-Net v2 wrote."
         ) from error
 
 
@@ -196,7 +197,9 @@ def _resolve(name: str, configurations: Mapping[str, Any], heirs: tuple[str, ...
     """Return a configuration with what it inherits; its own keys win."""
     if name not in configurations or name in heirs:
         chain = " -> ".join((*heirs, name))
-        raise PlanError(f"plans.json: inheritance {chain} is circular or leads nowhere. Mend 'inherits_from'.")
+        raise PlanError(
+            f"plans.json: inheritance {chain} is circular or leads nowhere. Mend 'inherits_from'."
+        )
     own = dict(configurations[name])
     parent = own.pop("inherits_from", None)
     return own if parent is None else _resolve(parent, configurations, (*heirs, name)) | own

@@ -2,19 +2,17 @@
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
-from medseg.config import Config, read_mapping
+from medseg.config import Config
 from medseg.errors import DatasetError, PlanError
 from medseg.labels import LabelSet
 from medseg.plan import topology as topo
-from medseg.plan.presets import Rules, default_preset, load_rules
+from medseg.plan.presets import Rules, change_rules, default_preset, read_preset
 from medseg.plan.schema import (
     Configuration,
     Fingerprint,
@@ -60,7 +58,9 @@ READERS: dict[str, tuple[str, ...]] = {
     "Tiff3DIO": (".tif", ".tiff"),
     "NibabelIO": (".nii", ".nii.gz"),
 }
-# A batch that large is worth a word: nnU-Net's ResEnc presets do not limit it on small images.
+# No batch covers more of the dataset's voxels (Isensee et al. 2021); the ResEnc planners M, L and XL lift
+# it to 1, so that small images get batches of thousands.
+PAPER_COVERAGE = 0.05
 LARGE_BATCH = 256
 # Host memory: the process with torch (measured, 0.5 GB) and three batches of enlarged float32 patches
 # (nnU-Net cuts patches 1/0.85 longer per axis and rotates them) in flight.
@@ -145,7 +145,9 @@ def _choose_reader(dataset_json: Mapping[str, Any], fingerprint: Fingerprint | N
     names = [name for name, endings in READERS.items() if ending in endings]
     if not names:
         known = sorted({known for endings in READERS.values() for known in endings})
-        raise DatasetError(f"dataset.json: file_ending {ending!r} has no reader. Use one of {', '.join(known)}.")
+        raise DatasetError(
+            f"dataset.json: file_ending {ending!r} has no reader. Use one of {', '.join(known)}."
+        )
     volumes = fingerprint is not None and any(shape[0] > 1 for shape in fingerprint.shapes_after_crop)
     return "Tiff3DIO" if ending == ".tif" and volumes else names[0]
 
@@ -180,12 +182,27 @@ def plan_dataset(
     PlanError
         The memory budget is too small for any patch, or fingerprint and description do not fit.
     """
-    name, rules = load_rules(preset or default_preset())
+    name, changes = read_preset(preset or default_preset())
     if plans_name is not None:
-        rules = rules.replace(plans_name=plans_name)
+        changes["plans_name"] = plans_name
     options = options or PlanOptions()
+    if changes:
+        options = options.replace(rules={**changes, **options.rules})
     _check_fit(fingerprint, info)
-    return _Planner(fingerprint, info, rules, options).plan(name)
+    plan = Planner(fingerprint, info, change_rules(name, options.rules), options).plan(name)
+    _warn_of_large_batches(plan)
+    return plan
+
+
+def _warn_of_large_batches(plan: Plan) -> None:
+    for name, configuration in plan.configurations.items():
+        if configuration.batch_size > LARGE_BATCH:
+            logger.warning(
+                "%s: batch size %d, as nnU-Net's %s decides for small images. Limit it by max_batch_size.",
+                name,
+                configuration.batch_size,
+                plan.preset,
+            )
 
 
 def _check_fit(fingerprint: Fingerprint, info: DatasetInfo) -> None:
@@ -200,8 +217,8 @@ def _check_fit(fingerprint: Fingerprint, info: DatasetInfo) -> None:
 
 
 @dataclass(frozen=True)
-class _Planner:
-    """The decisions, in the order in which they depend on each other."""
+class Planner:
+    """The decisions, in the order in which they depend on each other; :func:`plan_dataset` runs it."""
 
     fingerprint: Fingerprint
     info: DatasetInfo
@@ -209,6 +226,7 @@ class _Planner:
     options: PlanOptions
 
     def plan(self, preset: Preset) -> Plan:
+        """Return the whole plan."""
         choice = choose_spacing(self.fingerprint, self.options.target_spacing)
         forward = choose_transpose(choice.spacing, self.options.suppress_transpose)
         return Plan(
@@ -264,7 +282,7 @@ class _Planner:
         }
 
     def _lowres(self, full: Configuration) -> Configuration | None:
-        """Coarsen until a patch sees a quarter of the median case; None if the full resolution nearly does."""
+        """Coarsen until a patch sees a quarter of the median case; None if `full` nearly does."""
         spacing, voxels = full.spacing, math.prod(full.median_shape)
         low, low_voxels = full, voxels
         while math.prod(low.patch_size) / low_voxels < LOWRES_SHARE:
@@ -282,7 +300,7 @@ class _Planner:
         return Configuration(
             spacing=spacing,
             patch_size=fit.topology.patch,
-            batch_size=self._batch_size(fit, case_voxels * self.info.n_training),
+            batch_size=self._batch_size(fit, case_voxels),
             median_shape=shape,
             normalization=self.normalization,
             use_mask_for_norm=self._use_mask,
@@ -296,6 +314,7 @@ class _Planner:
 
     @property
     def normalization(self) -> tuple[Normalization, ...]:
+        """Scheme of each channel, by its name."""
         names = (channel.casefold() for channel in self.info.channels)
         return tuple(NORMALIZATION_OF_CHANNEL.get(name, "zscore") for name in names)
 
@@ -329,32 +348,52 @@ class _Planner:
         if self.options.minutes is not None:
             elements = self.options.minutes * 60 * self.rules.elements_per_second / self.rules.min_steps
         if self.options.ram_gb is not None and self.rules.recipe == "cpu":
-            free = max(self.options.ram_gb - PROCESS_GB, 0.1) * 1e9
-            elements = min(elements, free / self.rules.bytes_per_element)
+            elements = min(elements, self._free_ram() / self.rules.bytes_per_element)
         return elements
 
-    def _batch_size(self, fit: topo.Fit, dataset_voxels: float) -> int:
-        dimensions = len(fit.topology.patch)
-        patch_voxels = math.prod(fit.topology.patch)
+    def _batch_size(self, fit: topo.Fit, case_voxels: float) -> int:
+        limits = self.batch_limits(fit.elements, fit.topology.patch, case_voxels)
+        size = max(min(limits.values()), topo.MIN_BATCH)
+        return size if self.options.max_batch_size is None else min(size, self.options.max_batch_size)
+
+    def batch_limits(self, elements: int, patch: tuple[int, ...], case_voxels: float) -> dict[str, int]:
+        """Return the largest batch size that each rule allows, by name of the rule.
+
+        Parameters
+        ----------
+        elements : feature-map elements of one sample
+        patch : voxels
+        case_voxels : of the median case
+        """
+        dimensions = len(patch)
+        limits = {}
         fixed = self.rules.batch_size(dimensions)
         if fixed is None:
             reference = self._memory_elements(dimensions)
-            fixed = round(reference / fit.elements * topo.REFERENCE_BATCH[dimensions])
-        coverage = min(self.rules.coverage, 0.05) if self.options.departs_from_nnunet else self.rules.coverage
-        covered = round(dataset_voxels * coverage / patch_voxels)
-        size = max(min(fixed, covered, *self._batch_caps(fit)), topo.MIN_BATCH)
-        return size if self.options.max_batch_size is None else min(size, self.options.max_batch_size)
-
-    def _batch_caps(self, fit: topo.Fit) -> list[int]:
-        caps = []
+            limits["GPU memory"] = round(reference / elements * topo.REFERENCE_BATCH[dimensions])
+        else:
+            limits["preset"] = fixed
+        dataset_voxels = float(case_voxels * self.info.n_training)
+        limits["coverage"] = round(dataset_voxels * self.coverage / math.prod(patch))
         step = self._step_elements()
         if math.isfinite(step):
-            caps.append(int(step / fit.elements))
+            limits["time and memory budget"] = int(step / elements)
         if self.options.ram_gb is not None:
-            sample = 4 * (len(self.info.channels) + 1) * math.prod(fit.topology.patch) * ENLARGED
-            free = max(self.options.ram_gb - PROCESS_GB, 0.1) * 1e9
-            caps.append(int(free / 2 / (BATCHES_IN_FLIGHT * sample)))
-        return caps
+            sample = 4 * (len(self.info.channels) + 1) * math.prod(patch) * ENLARGED
+            limits["patches in host memory"] = int(self._free_ram() / 2 / (BATCHES_IN_FLIGHT * sample))
+        if self.options.max_batch_size is not None:
+            limits["asked"] = self.options.max_batch_size
+        return limits
+
+    @property
+    def coverage(self) -> float:
+        """Largest share of the dataset's voxels in one batch."""
+        if self.options.departs_from_nnunet:
+            return min(self.rules.coverage, PAPER_COVERAGE)
+        return self.rules.coverage
+
+    def _free_ram(self) -> float:
+        return max((self.options.ram_gb or 0.0) - PROCESS_GB, 0.1) * 1e9
 
 
 def make_plan(

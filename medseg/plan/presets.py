@@ -8,8 +8,9 @@ ResEnc presets in Isensee et al., nnU-Net Revisited, arXiv 2404.09556.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from pydantic import Field
 
@@ -34,7 +35,8 @@ class Rules(Config):
     decoder_convs : convolutions of each decoder stage
     base_features, max_features_3d, max_features_2d : features double from stage to stage up to a cap
     memory_gb : GPU memory that the references stand for
-    reference_3d, reference_2d : feature-map elements of one sample that fill `memory_gb` at batch 2 (3D), 12 (2D)
+    reference_3d, reference_2d : feature-map elements of one sample that fill `memory_gb`, at batch 2 in
+        3D and 12 in 2D
     shrink_at_min_batch : compare the memory of batch 2, not of the reference batch, when shrinking the patch
     coverage : a batch holds at most this share of all voxels of the dataset
     batch_size_3d, batch_size_2d : fixed batch size instead of filling the memory
@@ -149,14 +151,14 @@ PRESETS: dict[Preset, Rules] = {
 }
 
 
-def load_rules(preset: PathLike) -> tuple[Preset, Rules]:
-    """Return a preset by name, or read one from YAML that ``extends`` another.
+def read_preset(preset: PathLike) -> tuple[Preset, dict[str, Any]]:
+    """Return a preset's name, and the changes to its rules that a YAML file makes.
 
     Parameters
     ----------
     preset : name or path
-        ``cpu``, or a file such as ``configs/plan/gpu-4gb.yaml``: the key ``extends`` names a preset,
-        every other key replaces one of its :class:`Rules`.
+        ``cpu``, or a file such as ``configs/plan/gpu-4gb.yaml``: its key ``extends`` names a preset,
+        every other key replaces one of :class:`Rules`.
 
     Raises
     ------
@@ -165,7 +167,7 @@ def load_rules(preset: PathLike) -> tuple[Preset, Rules]:
     """
     name = str(preset)
     if name in PRESETS:
-        return cast(Preset, name), PRESETS[cast(Preset, name)]
+        return cast(Preset, name), {}
     if not name.endswith((".yaml", ".yml", ".json")):
         raise ConfigError(
             f"preset {name!r}: unknown. Use one of {', '.join(PRESETS)}, or the path of a YAML file."
@@ -174,8 +176,19 @@ def load_rules(preset: PathLike) -> tuple[Preset, Rules]:
     base = changes.pop("extends", None)
     if base not in PRESETS:
         raise ConfigError(f"{name}: 'extends' must name one of {', '.join(PRESETS)}, found {base!r}.")
-    rules = PRESETS[cast(Preset, base)].to_dict()
-    return cast(Preset, base), Rules.from_dict({**rules, **changes}, name)
+    change_rules(cast(Preset, base), changes, name)
+    return cast(Preset, base), changes
+
+
+def change_rules(preset: Preset, changes: Mapping[str, Any], where: str = "rules") -> Rules:
+    """Return a preset's rules with some replaced.
+
+    Raises
+    ------
+    ConfigError
+        A rule is unknown or its value is wrong.
+    """
+    return Rules.from_dict({**PRESETS[preset].to_dict(), **changes}, where)
 
 
 def preset_of_planner(planner: str, network: NetworkName) -> Preset:
@@ -207,4 +220,3 @@ def _torch_sees_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-

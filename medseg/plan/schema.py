@@ -5,7 +5,7 @@ source array ``(i, j, k)`` reversed to ``(k, j, i)`` as nnU-Net's readers delive
 ``transpose_forward``. A ``2d`` configuration leaves out the first network axis.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -128,6 +128,7 @@ class PlanOptions(Config):
     max_batch_size : no batch is larger
     target_spacing : of 3d_fullres in reader order (k, j, i); nnU-Net's ``-overwrite_target_spacing``
     suppress_transpose : leave the axes in reader order
+    rules : changes to the preset's :class:`~medseg.plan.presets.Rules`, by name
     """
 
     gpu_memory_gb: Positive | None = None
@@ -136,6 +137,7 @@ class PlanOptions(Config):
     max_batch_size: Annotated[int, Field(ge=1)] | None = None
     target_spacing: tuple[Positive, Positive, Positive] | None = None
     suppress_transpose: bool = False
+    rules: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def departs_from_nnunet(self) -> bool:

@@ -111,7 +111,8 @@ def coarsen(spacing: Spacing) -> Spacing:
     """
     coarsest = max(spacing)
     fine = [coarsest / s > 2 for s in spacing]
-    return tuple(s * LOWRES_STEP if grows or not any(fine) else s for s, grows in zip(spacing, fine, strict=True))
+    grows = fine if any(fine) else [True] * len(spacing)
+    return tuple(s * LOWRES_STEP if g else s for s, g in zip(spacing, grows, strict=True))
 
 
 def rescale_shape(shape: tuple[float, ...], old: Spacing, new: Spacing) -> tuple[float, ...]:

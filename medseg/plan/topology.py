@@ -184,16 +184,14 @@ def build_architecture(topology: Topology, rules: Rules) -> Architecture:
 
 
 def start_patch(spacing: Spacing, shape: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the first patch: isotropic in space, far larger than memory allows, clipped to the median shape."""
+    """Return the first patch: isotropic in space, too large for any memory, clipped to the median shape."""
     inverse = 1 / np.array(spacing)
     dimensions = len(spacing)
     scale = (START_VOXELS[dimensions] / np.prod(inverse)) ** (1 / dimensions)
     return tuple(min(round(float(t)), n) for t, n in zip(inverse * scale, shape, strict=True))
 
 
-def fit_patch(
-    spacing: Spacing, shape: tuple[float, ...], rules: Rules, n_labels: int, limits: Limits
-) -> Fit:
+def fit_patch(spacing: Spacing, shape: tuple[float, ...], rules: Rules, n_labels: int, limits: Limits) -> Fit:
     """Shrink the first patch until it keeps the limits.
 
     The axis that is longest relative to the median shape is shortened (the last one on ties) by what
