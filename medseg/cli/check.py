@@ -1,0 +1,92 @@
+"""``medseg check``: everything that is wrong with a dataset, one line a finding."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from medseg.io.findings import Finding
+
+# Lines of one kind before the rest is only counted.
+SHOWN_OF_A_KIND = 10
+_COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
+
+
+def check(
+    dataset: Annotated[Path, typer.Argument(help="nnU-Net or MSD folder, images/ + labels/, or a CSV.")],
+    json: Annotated[bool, typer.Option("--json", help="Print findings as JSON on stdout.")] = False,
+) -> None:
+    """Find everything wrong with a dataset at once, and say what to do about it."""
+    import logging
+
+    from medseg.errors import DataError
+    from medseg.io.check import check_dataset
+
+    # nibabel tells of every odd header by itself; here that is a finding or of no interest.
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+    findings = check_dataset(dataset)
+    if json:
+        _print_json(dataset, findings)
+    else:
+        _print_text(dataset, findings)
+    if any(finding.severity == "error" for finding in findings):
+        raise typer.Exit(DataError.exit_code)
+
+
+def _print_json(dataset: Path, findings: Sequence["Finding"]) -> None:
+    from json import dumps
+
+    counts = {severity: sum(f.severity == severity for f in findings) for severity in _COLOURS}
+    result = {"dataset": str(dataset), **counts, "findings": [finding.to_dict() for finding in findings]}
+    typer.echo(dumps(result, indent=2))
+
+
+def _print_text(dataset: Path, findings: Sequence["Finding"]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for severity in _COLOURS:
+        group = [finding for finding in findings if finding.severity == severity]
+        if group:
+            console.print(f"[bold {_COLOURS[severity]}]{_count(len(group), severity)}[/]")
+            _print_group(console, group)
+    console.print(_summary(dataset, findings), markup=False, soft_wrap=True)
+
+
+def _print_group(console: "Console", group: Sequence["Finding"]) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    kinds: dict[str, list[Finding]] = defaultdict(list)
+    for finding in group:
+        kinds[finding.code].append(finding)
+    for code, findings in kinds.items():
+        for finding in findings[:SHOWN_OF_A_KIND]:
+            line = Text.assemble(
+                "- ",
+                (f"{finding.case}: " if finding.case else "", "bold"),
+                f"{finding.message}. ",
+                (finding.remedy, "italic"),
+            )
+            console.print(Padding(line, (0, 0, 0, 2)))
+        rest = len(findings) - SHOWN_OF_A_KIND
+        if rest > 0:
+            console.print(f"  - ... and {rest} more of the kind {code} (--json lists all)", markup=False)
+
+
+def _summary(dataset: Path, findings: Sequence["Finding"]) -> str:
+    if not findings:
+        return f"{dataset}: nothing wrong."
+    counts = [(severity, sum(f.severity == severity for f in findings)) for severity in _COLOURS]
+    told = ", ".join(_count(count, severity) for severity, count in counts if count)
+    ready = "can be trained on" if not dict(counts)["error"] else "mend the errors before training"
+    return f"{dataset}: {told}; {ready}."
+
+
+def _count(number: int, severity: str) -> str:
+    return f"{number} {severity}" + ("s" if number != 1 and severity != "info" else "")
