@@ -10,7 +10,7 @@ import numpy as np
 from medseg.errors import ReadError
 from medseg.geometry.affine import lps_to_ras, ras_to_lps
 from medseg.geometry.orient import direction_cosines
-from medseg.io.grids import FLAT_FACTOR, FLAT_NOTE
+from medseg.io.grids import FLAT_FACTOR, FLAT_NOTE, set_spacing
 from medseg.io.nifti import MAX_DEFLATE
 from medseg.types import Array, FloatArray
 from medseg.volume import Geometry, Unit, Volume

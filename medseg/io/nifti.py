@@ -173,7 +173,8 @@ def _affine(image: "nibabel.Nifti1Image") -> tuple[FloatArray, list[str]]:
         notes += _conflict(image.shape, sform, qform)
     if len(image.shape) < 3:
         return _flat(affine, header), [*notes, FLAT_NOTE]
-    return affine, notes or _adopt_zooms(affine, np.array(header.get_zooms()[:3], dtype=np.float64))
+    differing = _adopt_zooms(affine, np.array(header.get_zooms()[:3], dtype=np.float64))
+    return affine, notes or differing
 
 
 def _adopt_zooms(affine: FloatArray, zooms: FloatArray) -> list[str]:
