@@ -1,1 +1,20 @@
-"""Numbers from two label maps."""
+"""Numbers from two label maps: overlap, volumes, surface distances, intervals, and a page to read them."""
+
+from medseg.metrics.definitions import MEAN, METRICS, Metric, Row
+from medseg.metrics.evaluation import Evaluation, evaluate
+from medseg.metrics.overlap import Contingency, Counts, contingency
+from medseg.metrics.surface import SurfaceDistances, surface_distances
+
+__all__ = [
+    "MEAN",
+    "METRICS",
+    "Contingency",
+    "Counts",
+    "Evaluation",
+    "Metric",
+    "Row",
+    "SurfaceDistances",
+    "contingency",
+    "evaluate",
+    "surface_distances",
+]
