@@ -1,0 +1,134 @@
+"""From a Volume on its source grid to the network's input, exactly as nnU-Net 2.8.1 does it.
+
+Order (``DefaultPreprocessor.run_case_npy``): float32 copy, transpose, crop to nonzero, normalise, resample.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from medseg.errors import GeometryError, PlanError
+from medseg.geometry.crop import crop_to_nonzero
+from medseg.geometry.resample import resample, resample_labels, separate_axis, target_shape
+from medseg.plan.schema import Configuration, Plan
+from medseg.preprocess.normalize import normalize
+from medseg.preprocess.record import Record, Triple, network_axes
+from medseg.types import BoolArray, FloatArray, IntArray
+from medseg.volume import Volume
+
+# Label of voxels inside the crop but outside the nonzero mask; never trained on as a class.
+OUTSIDE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Preprocessed:
+    """A case ready for the network.
+
+    Attributes
+    ----------
+    data : (c, a0, a1, a2) float32, network order
+    seg : (1, a0, a1, a2) int16 or None
+        Labels on the same grid; -1 outside the image's nonzero region.
+    record : Record
+        How it came about, for the way back.
+    """
+
+    data: FloatArray
+    seg: IntArray | None
+    record: Record
+
+
+def preprocess(image: Volume, plan: Plan, configuration: str, label: Volume | None = None) -> Preprocessed:
+    """Crop, normalise and resample one case.
+
+    Parameters
+    ----------
+    image : Volume
+        One channel for each of the plan's.
+    plan, configuration : the plan and which of its configurations
+    label : Volume, optional
+        One channel of integers on the grid of `image`.
+
+    Raises
+    ------
+    PlanError
+        The number of channels is not the plan's, or the plan has no such configuration.
+    GeometryError
+        The label map is not on the grid of the image.
+    """
+    settings = plan.configuration(configuration)
+    _check(image, plan, label)
+    # A copy whose memory runs as (c, k, j, i): float32 sums then round as nnU-Net's do.
+    reader_order = np.array(image.array.transpose(0, 3, 2, 1), dtype=np.float32, order="C")
+    data = reader_order.transpose(0, *(axis + 1 for axis in plan.transpose_forward))
+    box, inside = crop_to_nonzero(data)
+    record = _record(image, plan, settings, box)
+    data = data[record.inner]
+    # nnU-Net's mask is "label >= 0": a labelled voxel counts even where the image is zero.
+    seg = None if label is None else _cropped_labels(label, record, inside)
+    counts = inside if seg is None else seg[0] != OUTSIDE
+    normalize(data, counts, settings, plan.intensity)
+    separate = separate_axis(record.spacing, record.new_spacing)
+    data = resample(data, record.shape, settings.order_data, separate, settings.order_z)
+    if seg is not None:
+        seg = np.ascontiguousarray(resample_labels(seg, record.shape, settings.order_seg, separate))
+    return Preprocessed(np.ascontiguousarray(data), seg, record)
+
+
+def preprocess_labels(label: Volume, record: Record, configuration: Configuration) -> IntArray:
+    """Bring a label map on the source grid of a case to the case's network grid.
+
+    Used for the result of a previous stage. Voxels outside the image's nonzero region are not marked.
+
+    Returns
+    -------
+    (1, a0, a1, a2) int16
+
+    Raises
+    ------
+    GeometryError
+        The label map is not on the case's grid.
+    """
+    if label.shape != record.geometry.shape:
+        raise GeometryError(
+            f"label map {label.shape}: expected the grid {record.geometry.shape} of its case."
+        )
+    seg = record.to_network(label.array)[record.inner].astype(np.int16)
+    separate = separate_axis(record.spacing, record.new_spacing)
+    return np.ascontiguousarray(resample_labels(seg, record.shape, configuration.order_seg, separate))
+
+
+def _check(image: Volume, plan: Plan, label: Volume | None) -> None:
+    if image.channels != len(plan.channels):
+        raise PlanError(
+            f"image has {image.channels} channels, the plan of {plan.dataset_name} expects "
+            f"{len(plan.channels)} ({', '.join(plan.channels)}). Give one file for each, in this order."
+        )
+    if label is not None and label.shape != image.shape:
+        raise GeometryError(
+            f"label map {label.shape} and image {image.shape} differ in size. "
+            "Resample the label map to the image, or run `medseg check` on the dataset."
+        )
+
+
+def _record(image: Volume, plan: Plan, settings: Configuration, box: tuple[tuple[int, int], ...]) -> Record:
+    spacing = tuple(image.spacing[2 - axis] for axis in plan.transpose_forward)
+    # A 2D configuration keeps the distance of the slices.
+    new_spacing = (*spacing[: 3 - len(settings.spacing)], *settings.spacing)
+    shape = target_shape(tuple(stop - start for start, stop in box), spacing, new_spacing)
+    return Record(
+        geometry=image.geometry,
+        transpose=plan.transpose_forward,
+        crop=box,
+        shape=cast(Triple, tuple(max(1, n) for n in shape)),
+        spacing=cast(tuple[float, float, float], spacing),
+        new_spacing=cast(tuple[float, float, float], new_spacing),
+    )
+
+
+def _cropped_labels(label: Volume, record: Record, inside: BoolArray) -> IntArray:
+    view = label.array[:1].transpose(network_axes(record.transpose))
+    seg: IntArray = view[record.inner].astype(np.int16)
+    seg[0][(seg[0] == 0) & ~inside] = OUTSIDE
+    return seg
