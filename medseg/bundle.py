@@ -66,7 +66,7 @@ class Manifest(Config):
     folds: tuple[str, ...]
     mirror_axes: tuple[int, ...] = ()
     card: dict[str, Any] = Field(default_factory=dict)
-    postprocessing: dict[str, Any] | list[dict[str, Any]] | None = None
+    postprocessing: dict[str, Any] | None = None
     previous: bool = False
     sha256: dict[str, str]
 
@@ -91,7 +91,7 @@ class Bundle:
     weights: Mapping[str, Callable[[], StateDict]]
     mirror_axes: tuple[int, ...] = ()
     card: Mapping[str, Any] = field(default_factory=dict)
-    postprocessing: dict[str, Any] | list[dict[str, Any]] | None = None
+    postprocessing: dict[str, Any] | None = None
     previous: "Bundle | None" = None
     path: Path | None = None
     digest: str = ""
@@ -191,7 +191,7 @@ def save_bundle(
     weights: Mapping[str, StateDict],
     mirror_axes: tuple[int, ...],
     card: Mapping[str, Any],
-    postprocessing: dict[str, Any] | list[dict[str, Any]] | None = None,
+    postprocessing: dict[str, Any] | None = None,
     previous: Bundle | None = None,
 ) -> None:
     """Write a bundle, or add and replace folds of one that exists; all or nothing.

@@ -1,0 +1,75 @@
+"""Several models with different plans: the mean of their probabilities on the source grid.
+
+Source: nnU-Net v2 ``ensembling/ensemble.py`` (float32 mean of softmax or sigmoid, then the usual decision).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
+
+from medseg.labels import LabelSet
+from medseg.plan.schema import Configuration
+from medseg.preprocess import Record, decide_probabilities, probability_slabs
+from medseg.types import FloatArray, PathLike
+from medseg.volume import Volume
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What one model says about a case: logits (n_outputs, a0, a1, a2) and the way to the source grid."""
+
+    logits: FloatArray
+    record: Record
+    configuration: Configuration
+
+
+def combine(outputs: Sequence[Output], labels: LabelSet, path: PathLike | None = None) -> Volume:
+    """Decide labels on the mean of the probabilities of several models.
+
+    They are averaged a slab at a time on the cropped source grid, so nothing of the size classes x volume
+    is held but the logits.
+
+    Parameters
+    ----------
+    outputs : of models of one label set, for one image
+    path : ``.npz`` file to write the mean probabilities to
+    """
+    record = outputs[0].record
+    aligned = [_reorder(output, record.transpose) for output in outputs]
+    assert all(output.record.crop == record.crop for output in aligned)  # the crop is of the image
+    streams = [probability_slabs(o.logits, o.record, labels, o.configuration) for o in aligned]
+    return decide_probabilities(_mean(streams), labels.n_outputs, record, labels, path)
+
+
+def _mean(streams: Sequence[Iterator[tuple[slice, FloatArray]]]) -> Iterator[tuple[slice, FloatArray]]:
+    # Slabs are cut by shape and number of classes, which all models share.
+    for parts in zip(*streams, strict=True):
+        rows, total = parts[0]
+        for _, values in parts[1:]:
+            total += values
+        total /= len(parts)
+        yield rows, total
+
+
+def _reorder(output: Output, transpose: tuple[int, int, int]) -> Output:
+    """Return the same output with its axes in the order of another model."""
+    record = output.record
+    if record.transpose == transpose:
+        return output
+    axes = [record.transpose.index(axis) for axis in transpose]
+
+    def permuted(values: tuple[T, ...]) -> tuple[T, T, T]:
+        return cast(tuple[T, T, T], tuple(values[axis] for axis in axes))
+
+    reordered = replace(
+        record,
+        transpose=transpose,
+        crop=permuted(record.crop),
+        shape=permuted(record.shape),
+        spacing=permuted(record.spacing),
+        new_spacing=permuted(record.new_spacing),
+    )
+    logits = output.logits.transpose(0, *(axis + 1 for axis in axes))
+    return Output(logits, reordered, output.configuration)

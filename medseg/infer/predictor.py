@@ -1,0 +1,276 @@
+"""Volume and bundles to a label map on the source grid."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import medseg
+from medseg.bundle import Bundle
+from medseg.errors import BundleError, ConfigError
+from medseg.infer.ensemble import Output, combine
+from medseg.infer.runtime import Runtime, choose_runtime, set_threads
+from medseg.infer.sliding import sliding_window
+from medseg.labels import LabelSet
+from medseg.preprocess import (
+    Preprocessed,
+    preprocess,
+    preprocess_labels,
+    restore_labels,
+    restore_probabilities,
+)
+from medseg.segmentation import Segmentation
+from medseg.types import FloatArray, PathLike
+from medseg.volume import Volume
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to predict; what is None follows the bundle's card.
+
+    Attributes
+    ----------
+    mirror : average over flips of the axes that the bundle allows (card ``mirroring``, else yes)
+    precision : auto, fp32, bf16 or fp16 (card ``precision``, else fp32)
+    device : auto, cpu, cuda, cuda:N, mps
+    step : distance of tiles as a part of the patch
+    compatible : float16 sums with nnU-Net's roundings, else float32
+    threads : of torch; None uses every core that this process may use
+    folds : of every bundle; None averages all
+    """
+
+    mirror: bool | None = None
+    precision: str | None = None
+    device: str = "auto"
+    step: float = 0.5
+    compatible: bool = True
+    threads: int | None = None
+    folds: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step <= 1:
+            raise ConfigError(f"step {self.step}: expected more than 0 and at most 1 patch.")
+
+
+class Predictor:
+    """One or several models, loaded once, used for any number of volumes.
+
+    Parameters
+    ----------
+    bundles : one, or several whose probabilities are averaged; all with the same labels
+    options : see :class:`Options`; keyword arguments make one
+
+    Raises
+    ------
+    BundleError
+        There is none, their labels differ, or weights do not fit.
+    ConfigError
+        An option is out of range or the device is not there.
+    """
+
+    def __init__(
+        self, bundles: Sequence[Bundle] | Bundle, options: Options | None = None, **changes: Any
+    ) -> None:
+        self.bundles = (bundles,) if isinstance(bundles, Bundle) else tuple(bundles)
+        self.options = options or Options(**changes)
+        _check(self.bundles)
+        self.threads = set_threads(self.options.threads)
+        self.models = [Model(bundle, self.options) for bundle in self.bundles]
+
+    @property
+    def bundle(self) -> Bundle:
+        """The first bundle: its plan names the channels and labels."""
+        return self.bundles[0]
+
+    def prepare(self, volume: Volume) -> list[Preprocessed]:
+        """Return what each model needs of a volume; may run in another thread."""
+        prepared: dict[str, Preprocessed] = {}
+        for model in self.models:
+            if model.key not in prepared:
+                prepared[model.key] = preprocess(volume, model.bundle.plan, model.bundle.configuration)
+        return [prepared[model.key] for model in self.models]
+
+    def logits(self, data: FloatArray) -> FloatArray:
+        """Return logits of the first model for a preprocessed (c, a0, a1, a2) array, mean over folds.
+
+        Returns
+        -------
+        (n_outputs, a0, a1, a2) float16
+        """
+        return self.models[0].logits(data)
+
+    def segment(self, volume: Volume, probabilities: PathLike | None = None) -> Segmentation:
+        """Segment one volume.
+
+        Parameters
+        ----------
+        volume : one channel for each of the plan's
+        probabilities : ``.npz`` file to write class probabilities to
+
+        Returns
+        -------
+        Segmentation
+            On the grid of `volume`.
+        """
+        return self.segment_prepared(volume, self.prepare(volume), probabilities)
+
+    def segment_prepared(
+        self, volume: Volume, prepared: Sequence[Preprocessed], probabilities: PathLike | None = None
+    ) -> Segmentation:
+        """Like :meth:`segment`, with the result of :meth:`prepare`."""
+        path = None if probabilities is None else Path(probabilities)
+        outputs = [
+            Output(model.run(volume, case), case.record, model.bundle.settings)
+            for model, case in zip(self.models, prepared, strict=True)
+        ]
+        result = self._finish(_restore(outputs, self.bundle.labels, path))
+        return Segmentation(result, self.bundle.labels, self.provenance(), path)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return models, versions and settings as plain data."""
+        return {
+            "medseg": medseg.__version__,
+            "torch": torch.__version__,
+            "models": [model.provenance() for model in self.models],
+            "device": str(self.models[0].runtime.device),
+            "step": self.options.step,
+            "compatible": self.options.compatible,
+        }
+
+    def _finish(self, result: Volume) -> Volume:
+        """Apply post-processing; of an ensemble only where all models ask for the same."""
+        wanted = self.bundle.postprocessing
+        if not wanted or any(bundle.postprocessing != wanted for bundle in self.bundles):
+            return result
+        from medseg.postprocess import Postprocessing, apply
+
+        done = apply(result, Postprocessing.from_dict(wanted, f"{self.bundle}: postprocessing"))
+        assert isinstance(done, Volume)
+        return done
+
+
+@dataclass
+class Model:
+    """One bundle in use: its networks are loaded when first needed and kept."""
+
+    bundle: Bundle
+    options: Options
+    networks: dict[str, nn.Module] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        card = self.bundle.card
+        precision = self.options.precision or str(card.get("precision", "fp32"))
+        self.runtime: Runtime = choose_runtime(self.options.device, precision)
+        wanted = self.options.mirror if self.options.mirror is not None else card.get("mirroring", True)
+        self.mirror_axes = self.bundle.mirror_axes if wanted else ()
+        self.folds = self.options.folds or self.bundle.folds
+        previous = self.bundle.previous
+        self.previous = None if previous is None else Predictor(previous, self.options)
+        _check_model(self)
+
+    @property
+    def key(self) -> str:
+        """Equal for models that want the same preprocessing."""
+        plan, settings = self.bundle.plan, self.bundle.settings
+        parts = (settings.spacing, settings.normalization, settings.use_mask_for_norm, settings.order_data)
+        return repr((parts, plan.transpose_forward, plan.intensity, settings.order_z))
+
+    def run(self, volume: Volume, case: Preprocessed) -> FloatArray:
+        """Return logits for a prepared case; a cascade first segments `volume` by its first stage."""
+        if self.previous is None:
+            return self.logits(case.data)
+        first = self.previous.segment(volume).volume
+        labels = preprocess_labels(first, case.record, self.bundle.settings)
+        values = self.bundle.labels.foreground_values
+        channels = [(labels[0] == value).astype(np.float32) for value in values]
+        return self.logits(np.concatenate([case.data, np.stack(channels)]))
+
+    def logits(self, data: FloatArray) -> FloatArray:
+        """Return the mean logits of all folds: a float16 sum divided by their number, as nnU-Net does."""
+        total: Tensor | None = None
+        for fold in self.folds:
+            logits = torch.from_numpy(self._fold_logits(fold, data))
+            total = logits if total is None else total.add_(logits)
+        assert total is not None  # a model has at least one fold
+        if len(self.folds) > 1:
+            total.div_(len(self.folds))
+        result: FloatArray = total.numpy()
+        return result
+
+    def _fold_logits(self, fold: str, data: FloatArray) -> FloatArray:
+        name = f"Predict fold {fold}" if len(self.folds) > 1 else "Predict tiles"
+        return sliding_window(
+            self._callable(fold),
+            data,
+            self.bundle.settings.patch_size,
+            self.bundle.labels.n_outputs,
+            self.mirror_axes,
+            self.options.step,
+            self.options.compatible,
+            self.runtime.device,
+            name,
+        )
+
+    def _callable(self, fold: str) -> Callable[[Tensor], Any]:
+        if fold not in self.networks:
+            self.networks[fold] = self.bundle.network(fold).to(self.runtime.device)
+        network = self.networks[fold]
+
+        def call(batch: Tensor) -> Any:
+            with self.runtime.context():
+                return network(batch)
+
+        return call
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what this model is and how it runs, as plain data."""
+        autocast = self.runtime.autocast
+        return {
+            "bundle": str(self.bundle),
+            "sha256": self.bundle.digest,
+            "configuration": self.bundle.configuration,
+            "folds": list(self.folds),
+            "mirror_axes": list(self.mirror_axes),
+            "precision": "fp32" if autocast is None else str(autocast).removeprefix("torch."),
+        }
+
+
+def _restore(outputs: Sequence[Output], labels: LabelSet, path: Path | None) -> Volume:
+    """Decide labels on the source grid; logits suffice for one model whose probabilities nobody wants."""
+    if len(outputs) > 1:
+        return combine(outputs, labels, path)
+    one = outputs[0]
+    if path is None:
+        return restore_labels(one.logits, one.record, labels, one.configuration)
+    return restore_probabilities(one.logits, one.record, labels, one.configuration, path)
+
+
+def _check(bundles: Sequence[Bundle]) -> None:
+    if not bundles:
+        raise BundleError("no bundle was given. Pass at least one with -m.")
+    first = bundles[0]
+    for other in bundles[1:]:
+        if other.labels != first.labels:
+            raise BundleError(
+                f"{other}: its labels are not those of {first}. Average models of one label set."
+            )
+        if len(other.plan.channels) != len(first.plan.channels):
+            raise BundleError(f"{other}: takes other channels than {first}. Average models of one dataset.")
+
+
+def _check_model(model: Model) -> None:
+    bundle = model.bundle
+    if not model.folds:
+        raise BundleError(f"{bundle}: has no weights yet. Train at least one fold.")
+    for fold in model.folds:
+        if fold not in bundle.weights:
+            raise BundleError(f"{bundle}: no fold {fold!r}. It has {', '.join(bundle.folds)}.")
+    if bundle.settings.previous_stage and bundle.previous is None:
+        raise BundleError(
+            f"{bundle}: {bundle.configuration} needs its first stage {bundle.settings.previous_stage}. "
+            "Train with --previous, or export the bundle again."
+        )
