@@ -4,6 +4,7 @@ from medseg.preprocess.locations import class_locations
 from medseg.preprocess.pipeline import OUTSIDE, Preprocessed, preprocess, preprocess_labels
 from medseg.preprocess.record import Record
 from medseg.preprocess.restore import (
+    decide_probabilities,
     labels_at_shape,
     probability_slabs,
     restore_array,
@@ -21,6 +22,7 @@ __all__ = [
     "build_store",
     "class_locations",
     "clean",
+    "decide_probabilities",
     "labels_at_shape",
     "preprocess",
     "preprocess_labels",

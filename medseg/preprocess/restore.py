@@ -180,23 +180,51 @@ def restore_probabilities(
     Volume
         As :func:`restore_labels`, but decided on the float32 probabilities, as nnU-Net does then.
     """
-    path = Path(path)
+    slabs = probability_slabs(logits, record, labels, configuration)
+    return decide_probabilities(slabs, len(logits), record, labels, path)
+
+
+def decide_probabilities(
+    slabs: Iterator[tuple[slice, FloatArray]],
+    n_outputs: int,
+    record: Record,
+    labels: LabelSet,
+    path: PathLike | None = None,
+) -> Volume:
+    """Decide labels on probabilities that come slab by slab; write these to `path` as well if given.
+
+    Parameters
+    ----------
+    slabs : as from :func:`probability_slabs`, for instance the mean of several models
+    n_outputs : maps in each slab
+    record, labels, path : as for :func:`restore_probabilities`
+    """
     result = _empty_source(record, labels)
     inner = record.to_network(result)[record.inner][0]
-    shape = (len(logits), *record.geometry.shape[::-1])
+    if path is None:
+        for rows, values in slabs:
+            inner[rows] = _decide_slab(values, labels)
+        return Volume(result, record.geometry)
+    path = Path(path)
+    shape = (n_outputs, *record.geometry.shape[::-1])
     with atomic_path(path) as archive, TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         raw = Path(folder) / "probabilities.npy"
         file = np.lib.format.open_memmap(raw, mode="w+", dtype=np.float32, shape=shape)
         if not labels.has_regions:
             file[0] = 1.0
         target = record.to_network(file.transpose(0, 3, 2, 1))[record.inner]
-        for rows, values in probability_slabs(logits, record, labels, configuration):
+        for rows, values in slabs:
             target[:, rows] = values
-            inner[rows] = _paint(values > 0.5, labels) if labels.has_regions else values.argmax(axis=0)
+            inner[rows] = _decide_slab(values, labels)
         file.flush()
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
             packed.write(raw, raw.name)
     return Volume(result, record.geometry)
+
+
+def _decide_slab(values: FloatArray, labels: LabelSet) -> IntArray:
+    winner: IntArray = _paint(values > 0.5, labels) if labels.has_regions else values.argmax(axis=0)
+    return winner
 
 
 def _check(logits: Array, shape: Shape, labels: LabelSet) -> None:
