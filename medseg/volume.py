@@ -18,8 +18,6 @@ Unit = Literal["mm", "micron"]
 
 # Relative to the spacing: what float32 headers lose when they store an affine.
 AFFINE_TOLERANCE = 1e-3
-# Relative: a few roundings of float64.
-ROUNDING = 1e-14
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +60,6 @@ class Geometry:
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size along i, j, k, in `unit`."""
         lengths = np.linalg.norm(self.affine[:3, :3], axis=0)
-        # The length of a rotated axis comes out a rounding error off the float32 that the header held.
-        single = lengths.astype(np.float32).astype(np.float64)
-        lengths = np.where(np.abs(single - lengths) <= ROUNDING * lengths, single, lengths)
         return cast(tuple[float, float, float], tuple(float(x) for x in lengths))
 
     @property
