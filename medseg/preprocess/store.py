@@ -19,7 +19,7 @@ import blosc2
 import numpy as np
 
 from medseg import log
-from medseg.errors import DataError, MedsegError
+from medseg.errors import DataError, MedsegError, ReadError
 from medseg.files import atomic_folder, atomic_path, sha256_file, write_text
 from medseg.io import Case, Dataset, read_image, read_label
 from medseg.plan.schema import Plan
@@ -293,7 +293,10 @@ def _recipe(plan: Plan, configuration: str, precision: Precision) -> dict[str, A
 
 def _key(case: Case, recipe: dict[str, Any]) -> str:
     files = [*case.images, *([] if case.label is None else [case.label])]
-    facts = {"recipe": recipe, "files": [sha256_file(file) for file in files]}
+    try:
+        facts = {"recipe": recipe, "files": [sha256_file(file) for file in files]}
+    except OSError as error:
+        raise ReadError(f"{error.filename}: {error.strerror}. Check the file of case {case.name}.") from error
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
