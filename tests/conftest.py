@@ -8,11 +8,23 @@ import pytest
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "golden: compares with outputs of other programs (set by itself)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses `golden_dir`, so that ``make golden`` finds it without a list."""
+    for item in items:
+        if "golden_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker("golden")
+
+
 def _present(folder: Path) -> Path:
     if not folder.is_dir():
-        pytest.skip(
-            f"{folder.name} is not on this machine (set MEDSEG_TEST_DATA to the folder that holds it)"
-        )
+        reason = f"{folder.name} is not on this machine (set MEDSEG_TEST_DATA to the folder that holds it)"
+        if os.environ.get("MEDSEG_REQUIRE_DATA") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
     return folder
 
 
