@@ -1,5 +1,68 @@
-"""The command line: one file a verb."""
+"""The command line: one file a verb; this one lists them and turns errors into exit codes."""
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+import medseg
+from medseg.cli.check import check
+from medseg.cli.clean import clean
+from medseg.cli.demo import demo
+from medseg.cli.evaluate import evaluate
+from medseg.cli.info import info
+from medseg.cli.plan import plan
+from medseg.cli.predict import predict
+from medseg.cli.progress import TerminalListener
+from medseg.cli.select import select
+from medseg.cli.train import stop, train
+from medseg.errors import MedsegError, ResourceError
+from medseg.log import listening
+
+app = typer.Typer(
+    help="From a folder of images to a trained, evaluated 3D segmentation model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(medseg.__version__)
+        raise typer.Exit
+
+
+for verb in (check, plan, train, stop, predict, evaluate, select, demo, info, clean):
+    app.command()(verb)
 
 
 def main() -> None:
-    """Run ``medseg``."""
+    """Run ``medseg``: one sentence on stderr and the exit code of `medseg.errors` when something fails."""
+    listener = TerminalListener()
+    listener.watch_interrupt()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("medseg").setLevel(logging.INFO)
+    try:
+        with listening(listener):
+            app()
+    except MedsegError as error:
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped. Run the same command again to continue.\n")
+        sys.exit(130)
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != 28:  # ENOSPC
+            raise
+        reason = "memory ran out" if isinstance(error, MemoryError) else "the disk is full"
+        sys.exit(_report(ResourceError(f"{reason}. Free some and run the same command again.")))
+
+
+def _report(error: MedsegError) -> int:
+    sys.stderr.write(f"Error: {error}\n")
+    return error.exit_code

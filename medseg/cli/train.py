@@ -50,7 +50,7 @@ def train(
         "splits": splits,
     }
     if dry_run:
-        facts = describe(dataset, out, **chosen)  # type: ignore[arg-type]
+        facts = describe(dataset, out, **chosen)
         typer.echo(json_module.dumps(facts, indent=1) if json else _readable(facts))
         return
     bundle = fit(

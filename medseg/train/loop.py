@@ -188,7 +188,9 @@ class Session:
         loss = total_loss(outputs, segs.to(self.fabric.device), self.job, self.fabric.world_size > 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
-        self.fabric.clip_gradients(self.network, self.optimizer, max_norm=config.optimizer.clip_norm)
+        self.fabric.clip_gradients(
+            self.network, self.optimizer, max_norm=config.optimizer.clip_norm, error_if_nonfinite=False
+        )
         self.optimizer.step()
         self.losses.append(loss.detach())
         if self.average is not None:
@@ -253,7 +255,7 @@ class Session:
         due = time.monotonic() - self.saved > self.job.config.checkpoint_seconds
         if self.fabric.world_size > 1:
             due = self.progress.step % self.job.config.steps_per_epoch == 0  # clocks differ, steps do not
-        if due:
+        if due and bool(torch.isfinite(torch.stack(self.losses)).all() if self.losses else True):
             self.save()
 
     def _keep_best(self, dice: float, epoch: int) -> None:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,24 +129,8 @@ def fit(
         The folder holds another or an unfinished run, or training diverged.
     """
     started = time.monotonic()
-    run = Path(out)
-    if not isinstance(dataset, Dataset):
-        dataset = open_dataset(dataset)
-    plan = _choose_plan(dataset, run, plan, preset)
-    configuration = configuration or plan.default_configuration
-    config = load_recipe(recipe or plan.recipe, overrides)
-    train, validation = _split(dataset, fold, splits)
-    setup = Setup(
-        dataset,
-        plan,
-        configuration,
-        config,
-        fold,
-        train,
-        validation,
-        run,
-        Path(pretrained) if pretrained else None,
-        Path(previous) if previous else None,
+    setup = decide(
+        dataset, out, plan, preset, configuration, fold, overrides, recipe, pretrained, previous, splits
     )
     _check_folder(setup, resume)
     fabric = _launch(setup, device)
@@ -158,11 +141,66 @@ def fit(
     if max_minutes is not None:
         limit = max(1.0, max_minutes * 60 * (1 - RESERVED_FRACTION) - (time.monotonic() - started))
     outcome = loop.run(make_job(setup, store, limit, resume), fabric)
-    bundle = run / "bundle"
+    bundle = setup.run / "bundle"
     if fabric.is_global_zero:
         _finish(setup, outcome, store, bundle)
     fabric.barrier()
     return bundle
+
+
+def decide(
+    dataset: Dataset | PathLike,
+    out: PathLike,
+    plan: Plan | PathLike | None = None,
+    preset: str | None = None,
+    configuration: str | None = None,
+    fold: Fold = 0,
+    overrides: Sequence[str] = (),
+    recipe: str | None = None,
+    pretrained: PathLike | None = None,
+    previous: PathLike | None = None,
+    splits: PathLike | None = None,
+) -> Setup:
+    """Settle everything about a run without touching the disk; parameters as in :func:`fit`."""
+    if not isinstance(dataset, Dataset):
+        dataset = open_dataset(dataset)
+    chosen = _choose_plan(dataset, Path(out), plan, preset)
+    train, validation = _split(dataset, fold, splits)
+    name = configuration or chosen.default_configuration
+    chosen.configuration(name)
+    return Setup(
+        dataset=dataset,
+        plan=chosen,
+        configuration=name,
+        config=load_recipe(recipe or chosen.recipe, overrides),
+        fold=fold,
+        train=train,
+        validation=validation,
+        run=Path(out),
+        pretrained=Path(pretrained) if pretrained else None,
+        previous=Path(previous) if previous else None,
+    )
+
+
+def describe(dataset: Dataset | PathLike, out: PathLike, **choices: Any) -> dict[str, Any]:
+    """Return what :func:`fit` would train, as plain data; nothing is written."""
+    setup = decide(dataset, out, **choices)
+    settings = setup.settings
+    return {
+        "dataset": str(setup.dataset.root),
+        "run": str(setup.run),
+        "preset": setup.plan.preset,
+        "recipe": setup.plan.recipe,
+        "configuration": setup.configuration,
+        "network": settings.architecture.network,
+        "patch": list(settings.patch_size),
+        "batch": setup.batch_size,
+        "spacing": list(settings.spacing),
+        "steps": setup.config.steps,
+        "fold": setup.fold,
+        "train": len(setup.train),
+        "validation": len(setup.validation),
+    }
 
 
 def make_job(setup: Setup, store: Store, limit_seconds: float | None, resume: bool) -> loop.Job:
@@ -223,11 +261,11 @@ def left_right_axis(plan: Plan, record: Any) -> int:
 
 def _choose_plan(dataset: Dataset, run: Path, plan: Plan | PathLike | None, preset: str | None) -> Plan:
     existing = run / "plan.yaml"
-    if plan is None:
-        if existing.exists() and preset is None:
-            return load_plan(existing)
-        return make_plan(dataset, preset)
-    return plan if isinstance(plan, Plan) else load_plan(plan)
+    if isinstance(plan, Plan):
+        return plan
+    if plan is not None:
+        return load_plan(plan)
+    return load_plan(existing) if existing.exists() and preset is None else make_plan(dataset, preset)
 
 
 def _split(
@@ -240,7 +278,7 @@ def _split(
     missing = [name for name in (*split.train, *split.val) if name not in by_name]
     if missing:
         raise DatasetError(
-            f"{splits}: {len(missing)} cases of the split are not in {dataset.root}, the first {missing[0]!r}."
+            f"{splits}: {len(missing)} of its cases are not in {dataset.root}, the first {missing[0]!r}."
         )
     return tuple(by_name[n] for n in split.train), tuple(by_name[n] for n in split.val)
 
@@ -248,14 +286,14 @@ def _split(
 def _check_folder(setup: Setup, resume: bool) -> None:
     state = setup.folder / loop.STATE_FILE
     if (setup.folder / "report.html").exists():
-        raise TrainingError(f"{setup.folder}: this fold is already trained. Choose another fold or folder.")
+        raise TrainingError(f"{setup.folder}: is already trained. Choose another fold or folder.")
     if state.exists() and not resume:
         raise TrainingError(
-            f"{setup.folder}: an unfinished run is here. Pass --resume to go on with it, or choose a new folder."
+            f"{setup.folder}: an unfinished run is here. Pass --resume to go on, or choose a new folder."
         )
     existing = setup.run / "plan.yaml"
     if existing.exists() and load_plan(existing) != setup.plan:
-        raise TrainingError(f"{setup.run}: was started with another plan. Choose a new folder for this plan.")
+        raise TrainingError(f"{setup.run}: was started with another plan. Choose a new folder for this one.")
 
 
 def _launch(setup: Setup, device: str) -> Any:
@@ -365,7 +403,7 @@ def _build(setup: Setup) -> torch.nn.Module:
     labels = setup.plan.labels
     channels = len(setup.plan.channels)
     if setup.settings.previous_stage:
-        channels += len(labels.foreground)
+        channels += len(labels.foreground_values)
     network = build_network(
         setup.settings.architecture, channels, labels.n_outputs, setup.config.loss.deep_supervision
     )
@@ -416,5 +454,4 @@ def _finish(setup: Setup, outcome: loop.Outcome, store: Store, bundle: Path) -> 
         card,
         previous=None if setup.previous is None else load_bundle(setup.previous),
     )
-    report.write(setup, outcome, bundle)
-    shutil.rmtree(setup.folder / "best", ignore_errors=True)
+    report.finish(setup, outcome, bundle)

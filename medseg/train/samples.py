@@ -145,8 +145,8 @@ class Sampler:
         if spatial is not None:
             image, seg = augment.resample_patch(image, seg, spatial, self.patch)
         if case.previous is not None:
-            names = range(1, len(self.labels.foreground) + 1)
-            image = np.concatenate([image, np.stack([seg[1] == k for k in names]).astype(np.float32)])
+            earlier = np.stack([seg[1] == value for value in self.labels.foreground_values])
+            image = np.concatenate([image, earlier.astype(np.float32)])
         return image, seg[0]
 
     def _disturb(self, image: FloatArray, case: CaseArrays, rng: np.random.Generator) -> FloatArray:

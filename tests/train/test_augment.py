@@ -71,7 +71,12 @@ def test_thin_patches_are_turned_slice_by_slice() -> None:
 # nnunetv2 2.8.1: get_patch_size(patch, rotation ranges, scale (0.85, 1.25)) as its trainer calls it
 @pytest.mark.parametrize(
     ("patch", "expected"),
-    [((40, 56, 40), (73, 80, 64)), ((128, 128, 128), (205, 205, 205)), ((56, 40), (65, 65)), ((64, 40), (84, 47))],
+    [
+        ((40, 56, 40), (73, 80, 64)),
+        ((128, 128, 128), (205, 205, 205)),
+        ((56, 40), (65, 65)),
+        ((64, 40), (84, 47)),
+    ],
 )
 def test_initial_patch_equals_nnunet(patch: tuple[int, ...], expected: tuple[int, ...]) -> None:
     assert augment.initial_patch(patch, AugmentConfig()) == expected

@@ -32,7 +32,9 @@ def case(shape: tuple[int, ...], seed: int = 0) -> Arrays:
     return Arrays(rng.normal(size=(1, *shape)).astype(np.float32), seg, places)
 
 
-def sampler(patch: tuple[int, ...] = (8, 8, 8), shape: tuple[int, ...] = (12, 20, 9), **kwargs: Any) -> Sampler:
+def sampler(
+    patch: tuple[int, ...] = (8, 8, 8), shape: tuple[int, ...] = (12, 20, 9), **kwargs: Any
+) -> Sampler:
     return Sampler([case(shape, s) for s in range(3)], patch, LABELS, TrainConfig(), **kwargs)
 
 

@@ -1,0 +1,160 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from medseg.errors import Cancelled, TrainingError
+from medseg.labels import LabelSet
+from medseg.log import Listener, listening
+from medseg.train import loop
+from medseg.train.config import LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from medseg.train.samples import Sampler
+from tests.train.test_samples import Arrays
+
+LABELS = LabelSet(entries={"background": 0, "ball": 1})
+CONFIG = TrainConfig(
+    epochs=4,
+    steps_per_epoch=5,
+    val_samples=4,
+    optimizer=OptimizerConfig(name="adamw", lr=0.01),
+    schedule=ScheduleConfig(name="cosine", warmup=0.1),
+    loss=LossConfig(deep_supervision=False),
+    ema_decay=0.9,
+    precision="fp32",
+)
+
+
+class TinyNet(nn.Module):
+    def __init__(self, outputs: int = 2) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, outputs, 3, padding=1)
+        )
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.body(x)
+
+
+def ball(seed: int) -> Arrays:
+    rng = np.random.default_rng(seed)
+    grid = np.indices((16, 16, 16)) - rng.uniform(5, 10, (3, 1, 1, 1))
+    seg = ((grid**2).sum(0) < 16)[None].astype(np.int16)
+    data = (seg * 2 + rng.normal(0, 0.3, seg.shape)).astype(np.float32)
+    return Arrays(data, seg, {"ball": np.argwhere(seg[0])})
+
+
+def job(folder: Path, **changes: Any) -> loop.Job:
+    torch.manual_seed(0)
+    config = changes.pop("config", CONFIG)
+    cases = [ball(seed) for seed in range(4)]
+    folder.mkdir(exist_ok=True)
+    values: dict[str, Any] = {
+        "network": TinyNet(),
+        "labels": LABELS,
+        "config": config,
+        "batch_size": 2,
+        "batch_dice": False,
+        "train": Sampler(cases[:3], (12, 12, 12), LABELS, config),
+        "validation": Sampler(cases[3:], (12, 12, 12), LABELS, config, train=False),
+        "folder": folder,
+        "key": "this run",
+        "title": "test",
+    }
+    return loop.Job(**(values | changes))
+
+
+def fabric() -> Fabric:
+    launched = Fabric(accelerator="cpu", devices=1, precision="32-true")
+    launched.launch()
+    return launched
+
+
+class StopAfter(Listener):
+    """Asks to stop at the n-th report."""
+
+    def __init__(self, reports: int) -> None:
+        self.left = reports
+
+    def advanced(self, key: int, steps: int, note: str) -> None:
+        self.left -= 1
+
+    def cancelled(self) -> bool:
+        return self.left <= 0
+
+
+def weights(outcome: loop.Outcome) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in outcome.network.parameters()])
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    outcome = loop.run(job(tmp_path), fabric())
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["dice"]["ball"] > 0.8
+    assert outcome.ended == "the schedule is complete"
+
+
+@pytest.mark.parametrize("reports", [2, 5, 9])
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path: Path, reports: int) -> None:
+    whole = loop.run(job(tmp_path / "whole"), fabric())
+    with pytest.raises(Cancelled), listening(StopAfter(reports)):
+        loop.run(job(tmp_path / "parts"), fabric())
+    resumed = loop.run(job(tmp_path / "parts", resume=True), fabric())
+    assert torch.equal(weights(whole), weights(resumed))
+    assert whole.progress.step == resumed.progress.step == 20
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Cancelled), listening(StopAfter(3)):
+        loop.run(job(tmp_path), fabric())
+    with pytest.raises(TrainingError, match="another plan, recipe or split"):
+        loop.run(job(tmp_path, resume=True, key="that run"), fabric())
+
+
+def test_a_damaged_state_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / loop.STATE_FILE).write_bytes(b"not a state")
+    with pytest.raises(TrainingError, match="damaged"):
+        loop.run(job(tmp_path, resume=True), fabric())
+
+
+def test_a_stop_file_ends_it_at_the_next_epoch_with_the_best_kept(tmp_path: Path) -> None:
+    (tmp_path / loop.STOP_FILE).touch()
+    outcome = loop.run(job(tmp_path), fabric())
+    assert outcome.progress.step == 5
+    assert "STOP" in outcome.ended
+    assert (tmp_path / loop.BEST_FILE).exists()
+
+
+def test_patience_ends_it(tmp_path: Path) -> None:
+    still = CONFIG.replace(patience_epochs=1, optimizer={"name": "sgd", "lr": 1e-12})
+    outcome = loop.run(job(tmp_path, config=still), fabric())
+    assert "no better score" in outcome.ended and outcome.progress.step < 20
+
+
+def test_a_time_limit_anneals_the_rate_and_ends(tmp_path: Path) -> None:
+    endless = CONFIG.replace(epochs=100000)
+    outcome = loop.run(job(tmp_path, config=endless, limit_seconds=2.0), fabric())
+    assert 1 <= outcome.progress.step < 500000
+    assert outcome.progress.history[-1]["lr"] < 0.003
+
+
+def test_a_loss_that_is_not_finite_is_one_clear_error(tmp_path: Path) -> None:
+    broken = job(tmp_path)
+    with torch.no_grad():
+        next(broken.network.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match="learning rate"):
+        loop.run(broken, fabric())
+
+
+def test_poly_changes_at_epoch_starts_as_nnunet_does() -> None:
+    optimizer = torch.optim.SGD(TinyNet().parameters(), lr=1.0)
+    config = TrainConfig()
+    for fraction, epoch in ((0.0, 0), (0.0009, 0), (0.5, 500), (0.9999, 999)):
+        loop.set_learning_rate(optimizer, config, fraction)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * (1 - epoch / 1000) ** 0.9)
