@@ -165,10 +165,11 @@ def _clip_like(resized: FloatArray, source: Array, order: int, axes: tuple[int, 
 def _resize(channel: Array, shape: Shape, order: int, rows: slice) -> FloatArray:
     """Zoom one (a0, a1, a2) channel to `shape` without clipping and return some rows of it.
 
-    Axes that shrink most go first, so that later ones have less to do.
+    Axes that shrink most go first, so that later ones have less to do; among equals the last axis, whose
+    products cost most.
     """
-    ratios = [(n / channel.shape[axis], axis) for axis, n in enumerate((rows.stop - rows.start, *shape[1:]))]
-    for _, axis in sorted(ratios):
+    wanted = (rows.stop - rows.start, *shape[1:])
+    for axis in sorted(range(3), key=lambda a: (wanted[a] / channel.shape[a], -a)):
         n_in = channel.shape[axis]
         if axis == 0 and n_in == shape[0]:
             channel = channel[rows]

@@ -15,7 +15,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-import blosc2
 import numpy as np
 
 from medseg import log
@@ -336,6 +335,8 @@ def _halve(size: Sequence[int], max_bytes: int, itemsize: int) -> Shape:
 
 def _save_array(path: Path, array: Array, chunks: Shape) -> None:
     blocks = (1, *_halve(chunks, MAX_BLOCK_BYTES, array.itemsize))
+    import blosc2  # takes 0.3 s, and prediction does not need it
+
     # LZ4HC as in nnU-Net: slow to write once, fastest to read often.
     parameters = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1, "filters": [blosc2.Filter.SHUFFLE]}
     blosc2.asarray(
@@ -349,6 +350,8 @@ def _save_array(path: Path, array: Array, chunks: Shape) -> None:
 
 
 def _open_array(path: Path) -> Any | None:
+    import blosc2
+
     if not path.exists():
         return None
     mapped = {} if os.name == "nt" else {"mmap_mode": "r"}

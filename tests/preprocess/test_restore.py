@@ -22,6 +22,7 @@ from medseg.preprocess import (
     restore_probabilities,
 )
 from medseg.preprocess import restore as restore_module
+from medseg.preprocess.restore import round_to_half
 from medseg.volume import Volume
 from tests.preprocess.cases import CLASSES, TRANSPOSES, make_case, make_plan
 
@@ -134,6 +135,14 @@ def test_many_classes_that_rarely_win_change_nothing() -> None:
     inner = ready.record.to_network(back.array)[ready.record.inner][0]
     assert len(np.unique(inner)) > 10
     assert np.mean(inner != reference_labels(logits, ready.record, many)) < 1e-3
+
+
+def test_rounding_equals_a_cast_to_float16() -> None:
+    values = (np.random.default_rng(0).normal(size=100_000) * 20).astype(np.float32)
+    values = values[np.abs(values) > 6.2e-5]
+    values[:4] = [1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11, np.inf]  # halves go to even
+    expected = values.astype(np.float16).astype(np.float32)
+    assert_array_equal(round_to_half(values.copy()), expected)
 
 
 def test_equal_logits_go_to_the_lowest_label() -> None:
