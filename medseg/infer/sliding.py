@@ -102,7 +102,7 @@ class _Pass:
                     sums.add(tile, one)
                 task.advance(len(group))
             mean = sums.mean()
-        return None if mean is None else mean[inner]
+        return None if mean is None else mean[(slice(None), *inner[1:])]
 
 
 def _groups(tiles: list[Index], patch_size: Shape, device: torch.device) -> Iterator[list[Index]]:
