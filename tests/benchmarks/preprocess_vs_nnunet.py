@@ -1,8 +1,11 @@
 """Preprocessing side by side with nnU-Net: CPU seconds and peak memory, in one run, alternating.
 
-Both start from raw files in nnU-Net's layout and the same plan, and end with preprocessed files on disk; both pay
-their own start-up. ``python tests/benchmarks/preprocess_vs_nnunet.py --peers PEERS/bin/python --data DATA``, where
-PEERS is a virtual environment with nnunetv2 2.8.1 and DATA has ``hippocampus/{images,labels}``.
+Both start from raw files in nnU-Net's layout and the same plan, and end with preprocessed files on disk;
+both pay their own start-up::
+
+    python tests/benchmarks/preprocess_vs_nnunet.py --peers PEERS/bin/python --data DATA
+
+PEERS is a virtual environment with nnunetv2 2.8.1; DATA has ``hippocampus/{images,labels}``.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,10 +76,11 @@ def main() -> None:
         )
     options.out.write_text(json.dumps(rows, indent=1))
     for name, row in rows.items():
+        verdict = "meets" if row["cpu_ratio"] <= BAR else "misses"
         print(
             f"{name}: nnU-Net {row['nnunet_cpu_seconds']:.2f} CPU-s {row['nnunet_peak_pss_mb']:.0f} MB, "
             f"medseg {row['medseg_cpu_seconds']:.2f} CPU-s {row['medseg_peak_pss_mb']:.0f} MB, "
-            f"ratio {row['cpu_ratio']:.3f} ({'meets' if row['cpu_ratio'] <= BAR else 'misses'} the bar of a third)"
+            f"ratio {row['cpu_ratio']:.3f} ({verdict} the bar of a third)"
         )
 
 
@@ -124,9 +129,7 @@ def describe(root: Path, channel: str, names: list[str], count: int) -> None:
     (root / "dataset.json").write_text(json.dumps(description))
 
 
-def compare(
-    root: Path, peers: Path, rounds: int, spacing: tuple[float, ...] | None = None
-) -> dict[str, object]:
+def compare(root: Path, peers: Path, rounds: int, spacing: tuple[float, ...] | None = None) -> dict[str, Any]:
     """Run both `rounds` times, alternating; return medians and every measurement."""
     folder = root.parents[1]
     dataset = open_dataset(root)
@@ -141,7 +144,7 @@ def compare(
         store = folder / f"store_{number}"
         command = [sys.executable, "-c", MEDSEG, str(root), str(folder / "plan.yaml"), str(store)]
         costs["medseg"].append(measure(command, dict(os.environ)))
-    row: dict[str, object] = {"runs": {name: [asdict(c) for c in found] for name, found in costs.items()}}
+    row: dict[str, Any] = {"runs": {name: [asdict(c) for c in found] for name, found in costs.items()}}
     for name, found in costs.items():
         for field in ("cpu_seconds", "wall_seconds", "peak_pss_mb"):
             row[f"{name}_{field}"] = float(np.median([getattr(cost, field) for cost in found]))
