@@ -2,6 +2,7 @@
 
 from medseg.metrics.definitions import MEAN, METRICS, Metric, Row
 from medseg.metrics.evaluation import Evaluation, evaluate
+from medseg.metrics.export import dump_json
 from medseg.metrics.overlap import Contingency, Counts, contingency
 from medseg.metrics.surface import SurfaceDistances, surface_distances
 
@@ -15,6 +16,7 @@ __all__ = [
     "Row",
     "SurfaceDistances",
     "contingency",
+    "dump_json",
     "evaluate",
     "surface_distances",
 ]

@@ -216,8 +216,9 @@ def _measure_all(
         except Cancelled:
             raise
         except (MedsegError, MemoryError) as error:
-            failures.append(Failure(pair.name, str(error) or type(error).__name__))
-            logger.error("%s: %s", pair.name, failures[-1].error)
+            reason = str(error).removeprefix(f"{pair.name}: ") or "out of memory"
+            failures.append(Failure(pair.name, reason))
+            logger.error("%s: not measured. %s", pair.name, reason)
     return measured, tuple(failures)
 
 

@@ -40,7 +40,7 @@ _PICTURES = 6
 _EMPTY = {"both": "both empty", "reference": "reference empty", "prediction": "prediction empty"}
 
 _READING = (
-    "Each mean is over the cases with a finite value; in brackets its 95 % confidence interval, from a "
+    "Each mean is over the cases with a finite value; under it its 95 % confidence interval, from a "
     "bootstrap that resamples whole cases. The last line is the mean over the classes.",
     "Where one of the two masks is empty, Dice, IoU and NSD are 0 and enter the mean; distances are "
     "infinite, cannot enter a mean, and are counted as “inf”. Where both are empty nothing can be "
@@ -106,9 +106,9 @@ def shown(metric: str, value: float) -> str:
     if math.isinf(value):
         return "inf"
     if METRICS[metric].unit == "%":
-        return f"{100 * value:+.1f}"
+        return f"{100 * value:+.1f}".replace("-", "−")
     if metric == "volume_error":
-        return f"{value:+.2f}"
+        return f"{value:+.2f}".replace("-", "−")
     return f"{value:.2f}" if METRICS[metric].unit else f"{value:.3f}"
 
 
@@ -128,15 +128,23 @@ def _tiles(evaluation: "Evaluation") -> dict[str, str]:
     tiles = {}
     for name in ("dice", "nsd", "hd95"):
         if name in mean:
-            unit = f" {METRICS[name].unit}" if METRICS[name].unit else ""
-            value = shown(name, mean[name].mean) + unit
-            tiles[f"Mean {heading(name, evaluation.nsd_mm).split(' (')[0]}"] = "\n".join(
-                [value, *([f"95 % CI {interval(name, mean[name])}"] if interval(name, mean[name]) else [])]
-            )
+            title = heading(name, evaluation.nsd_mm).split(" (")[0]
+            tiles[f"Mean {title}"] = f"{_with_unit(name, mean[name])}\n{_aside(name, mean[name])}"
     tiles["Cases measured"] = str(len(evaluation.cases))
     if evaluation.failures:
         tiles["Cases failed"] = str(len(evaluation.failures))
     return tiles
+
+
+def _with_unit(metric: str, statistic: Statistic) -> str:
+    return f"{shown(metric, statistic.mean)} {METRICS[metric].unit}".strip()
+
+
+def _aside(metric: str, statistic: Statistic) -> str:
+    between = interval(metric, statistic)
+    parts = [f"95 % CI {between}"] if between else []
+    parts += [f"{statistic.n_infinite} infinite left out"] if statistic.n_infinite else []
+    return ", ".join(parts)
 
 
 def _add_problems(report: HtmlReport, evaluation: "Evaluation") -> None:
@@ -164,11 +172,11 @@ def _summary_row(entry: ClassSummary, metrics: Sequence[str]) -> list[Cell]:
     cells = [Cell(name), Cell(str(n), float(n))]
     for metric in metrics:
         statistic = entry.metrics[metric]
-        infinite = f" +{statistic.n_infinite} inf" if statistic.n_infinite else ""
         part = statistic.mean if METRICS[metric].best == 1.0 and statistic.n else None
         median = f"median {shown(metric, statistic.median)}" if statistic.n else ""
-        note = ", ".join(text for text in (interval(metric, statistic), median) if text)
-        cells.append(Cell(shown(metric, statistic.mean) + infinite, statistic.mean, note, part=part))
+        infinite = f"+ {statistic.n_infinite} infinite" if statistic.n_infinite else ""
+        note = "\n".join(text for text in (interval(metric, statistic), median, infinite) if text)
+        cells.append(Cell(shown(metric, statistic.mean), statistic.mean, note, part=part))
     return [*cells, _empties(entry)]
 
 
@@ -193,7 +201,7 @@ def _add_plots(report: HtmlReport, evaluation: "Evaluation") -> None:
             panels.append(Panel(heading(metric, evaluation.nsd_mm), values, METRICS[metric].best))
     if panels:
         caption = (
-            "A point is one case; boxes are quartiles with the median as a thick line. "
+            "A point is one case; boxes (from five cases on) are quartiles with the median as a thick line. "
             "The dotted line is a perfect result."
         )
         report.add_figure("Every case, by class", strip_plot(panels), caption)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Okabe & Ito (2008) without black, ordered so that neighbours differ most on a grey image.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#0072B2")
 _INK, _MUTED, _GRID = "#1c2430", "#5a6675", "#dfe4ea"
+# Quartiles of fewer values say nothing that the points do not show.
+_BOX_FROM = 5
 # More points than this are drawn as an image inside the SVG, which keeps a page small.
 _MANY_POINTS = 3000
 _STYLE = {
@@ -55,7 +57,7 @@ class Cell:
     ----------
     text : what is shown
     value : what the column is sorted by; a number also aligns right. None: sorted as text, last if empty
-    note : a small second line
+    note : small text under it; a line break makes a further line
     tone : ``"warn"`` or ``"bad"`` marks the cell
     part : length of a bar under the text, in [0, 1]
     """
@@ -269,6 +271,7 @@ def slice_picture(
     height, width = ((s.stop - s.start) * step for s, step in zip(window, steps, strict=True))
     scale = size / max(height, width)
     with _figure((max(width * scale, 1.2), max(height * scale, 1.2))) as (figure, _):
+        figure.set_layout_engine("none")
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         if ground is not None:
             _draw_ground(axes, ground, window, steps)
@@ -384,6 +387,8 @@ def _finish_slice(
     steps: tuple[float, float],
     letters: tuple[str, str, str, str],
 ) -> None:
+    from matplotlib.patheffects import withStroke
+
     axes.set_xlim(window[1].start * steps[1], window[1].stop * steps[1])
     axes.set_ylim(window[0].stop * steps[0], window[0].start * steps[0])
     axes.set_axis_off()
@@ -402,8 +407,8 @@ def _finish_slice(
             ha=across,
             va=along,
             color="#ffffff",
-            fontsize=8,
-            alpha=0.85,
+            fontsize=9,
+            path_effects=[withStroke(linewidth=2.5, foreground="#11151b")],
         )
 
 
@@ -414,9 +419,9 @@ def _draw_strips(axes: "Axes", panel: Panel, colours: Mapping[str, str]) -> None
         values = values[np.isfinite(values)]
         spread = row + generator.uniform(-0.26, 0.26, len(values))
         axes.scatter(
-            values, spread, s=13, color=colours[name], alpha=0.55, linewidths=0, rasterized=many, zorder=2
+            values, spread, s=20, color=colours[name], alpha=0.7, linewidths=0, rasterized=many, zorder=2
         )
-        if len(values) > 2:
+        if len(values) >= _BOX_FROM:
             _draw_box(axes, row, values)
     axes.axvline(panel.best, color=_MUTED, linewidth=0.9, linestyle=":", zorder=1)
     axes.set_title(panel.title, fontsize=9.5, loc="left", color=_INK)

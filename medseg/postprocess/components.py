@@ -32,11 +32,8 @@ def keep_largest(label_map: Array, label: LabelValue) -> Array:
            [0, 0, 0, 0],
            [0, 0, 2, 2]])
     """
-    mask = mask_of(label_map, label)
-    components, sizes = _components(mask)
-    if len(sizes) < 2:
-        return label_map.copy()
-    return _without(label_map, mask & ~(sizes == sizes.max())[components - 1])
+    components, sizes = _components(mask_of(label_map, label))
+    return _without(label_map, components, sizes < sizes.max(initial=0))
 
 
 def remove_small(label_map: Array, label: LabelValue, min_mm3: float, voxel_mm3: float) -> Array:
@@ -49,11 +46,8 @@ def remove_small(label_map: Array, label: LabelValue, min_mm3: float, voxel_mm3:
     min_mm3, voxel_mm3 : float
         Smallest volume that stays, and the volume of a voxel.
     """
-    mask = mask_of(label_map, label)
-    components, sizes = _components(mask)
-    if not sizes.size:
-        return label_map.copy()
-    return _without(label_map, mask & (sizes * voxel_mm3 < min_mm3)[components - 1])
+    components, sizes = _components(mask_of(label_map, label))
+    return _without(label_map, components, sizes * voxel_mm3 < min_mm3)
 
 
 def fill_holes(label_map: Array, label: int) -> Array:
@@ -76,7 +70,9 @@ def _components(mask: BoolArray) -> tuple[IntArray, IntArray]:
     return components, np.bincount(components.ravel(order="K"))[1:]
 
 
-def _without(label_map: Array, removed: BoolArray) -> Array:
+def _without(label_map: Array, components: IntArray, removed: BoolArray) -> Array:
+    """Return a copy in which component ``k`` is background where ``removed[k - 1]``."""
     result = label_map.copy()
-    result[removed] = 0
+    if removed.any():
+        result[np.concatenate(([False], removed))[components]] = 0
     return result

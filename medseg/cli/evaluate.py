@@ -1,0 +1,97 @@
+"""``medseg evaluate``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from medseg.labels import LabelSet
+    from medseg.metrics import Evaluation
+
+
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder with predicted label maps, or one file.")],
+    references: Annotated[Path, typer.Argument(help="Folder with reference label maps, or one file.")],
+    nsd_mm: Annotated[float, typer.Option(min=0.0, help="Tolerance of the surface Dice (NSD).")] = 1.0,
+    json: Annotated[Path | None, typer.Option(help="Write JSON here; - prints it and nothing else.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots and pictures here.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a table of all cases here.")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="dataset.json, plan or bundle that names the labels, if not beside them."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder with the images, for the page.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """Measure PREDICTIONS against REFERENCES, matched by case name.
+
+    Dice, IoU, volume error, surface Dice, HD95 and ASSD, with 95 % bootstrap intervals. Exit code 3 if some
+    cases could not be measured, 4 if none matches.
+    """
+    from medseg import metrics
+    from medseg.errors import PartialFailure
+
+    result = metrics.evaluate(predictions, references, nsd_mm, _labels(labels), seed=seed)
+    if json == Path("-"):
+        typer.echo(metrics.dump_json(result), nl=False)
+    else:
+        _print(result)
+    if json is not None and json != Path("-"):
+        result.to_json(json)
+    if csv is not None:
+        result.to_csv(csv)
+    if html is not None:
+        result.to_html(html, images)
+    if result.failures:
+        first = result.failures[0]
+        raise PartialFailure(
+            f"{len(result.failures)} of {len(result.failures) + len(result.cases)} cases were not measured; "
+            f"the others are. First: {first.case}: {first.error}"
+        )
+
+
+def _labels(path: Path | None) -> "LabelSet | Path | None":
+    """Return the labels of a bundle; leave other paths to the library."""
+    if path is None or not (
+        path.suffix == ".medseg" or (path.is_dir() and not (path / "dataset.json").exists())
+    ):
+        return path
+    from medseg.bundle import load_bundle
+
+    return load_bundle(path).plan.labels
+
+
+def _print(result: "Evaluation") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from medseg.metrics.page import heading, interval, shown
+
+    shown_metrics = ("dice", "nsd", "hd95", "assd", "volume_error_relative")
+    names = [name for name in shown_metrics if name in result.metrics]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("class", overflow="fold")
+    table.add_column("cases", justify="right")
+    for name in names:
+        title = f"{heading(name, result.nsd_mm)}\n95 % interval" if name == "dice" else _narrow(name, result)
+        table.add_column(title, justify="right")
+    for entry in result.summary.values():
+        cells = []
+        for name in names:
+            statistic = entry.metrics[name]
+            between = (
+                f" ({interval(name, statistic)})" if name == "dice" and interval(name, statistic) else ""
+            )
+            infinite = f"\n+{statistic.n_infinite} inf" if statistic.n_infinite else ""
+            cells.append(shown(name, statistic.mean) + between + infinite)
+        last = entry.label == "mean"
+        count = max(statistic.n for statistic in entry.metrics.values())
+        table.add_row(entry.label, str(count), *cells, style="bold" if last else "")
+    console = Console(width=80, highlight=False)
+    console.print(table)
+
+
+def _narrow(name: str, result: "Evaluation") -> str:
+    titles = {"hd95": "HD95\nmm", "assd": "ASSD\nmm", "volume_error_relative": "volume\n%"}
+    return titles.get(name, f"NSD\n{result.nsd_mm:g} mm")
