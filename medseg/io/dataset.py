@@ -245,7 +245,8 @@ def _case(name: str, files: list[Path], channels: int) -> Case:
 
 def _to_integers(volume: Volume, path: Path) -> Array:
     array = volume.array
-    odd = ~(np.abs(array - np.rint(array)) <= WHOLE)  # True for NaN as well
+    with np.errstate(invalid="ignore"):
+        odd = ~(np.abs(array - np.rint(array)) <= WHOLE)  # True for NaN and infinity as well
     if odd.any():
         raise LabelError(
             f"{path}: holds {array[odd][0]:g}; a label map holds whole numbers only. Round it, or resample "

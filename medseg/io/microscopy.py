@@ -181,8 +181,7 @@ def _tiff_spacing(
     """Return voxel size (x, y, z), unit and notes; a missing z is None."""
     sidecar = _sidecar(path)
     if sidecar is not None:
-        z, y, x = sidecar
-        return (x, y, z), "mm", []
+        return sidecar, "mm", []
     if tiff.ome_metadata:
         found = _ome_spacing(tiff.ome_metadata)
     elif tiff.imagej_metadata:
@@ -195,7 +194,7 @@ def _tiff_spacing(
 
 
 def _sidecar(path: Path) -> tuple[float, float, float] | None:
-    """Read nnU-Net's ``CASE.json`` (nnunetv2/imageio/tif_reader_writer.py)."""
+    """Return (x, y, z) of nnU-Net's ``CASE.json`` (nnunetv2/imageio/tif_reader_writer.py)."""
     stem = path.name[: -len(path.suffix)]
     for name in dict.fromkeys((_CHANNEL_SUFFIX.sub("", stem), stem)):
         file = path.with_name(f"{name}.json")

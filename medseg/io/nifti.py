@@ -172,7 +172,7 @@ def _affine(image: "nibabel.Nifti1Image") -> tuple[FloatArray, list[str]]:
     elif sform is not None and qform is not None:
         notes += _conflict(image.shape, sform, qform)
     if len(image.shape) < 3:
-        return _flat(affine, header), [*notes, FLAT_NOTE]
+        return _flat(affine), [*notes, FLAT_NOTE]
     differing = _adopt_zooms(affine, np.array(header.get_zooms()[:3], dtype=np.float64))
     return affine, notes or differing
 
@@ -206,11 +206,11 @@ def _conflict(shape: tuple[int, ...], sform: FloatArray, qform: FloatArray) -> l
     return [f"sform and qform put the image up to {shift:.3g} apart: sform is used, qform ignored"]
 
 
-def _flat(affine: FloatArray, header: Any) -> FloatArray:
+def _flat(affine: FloatArray) -> FloatArray:
     """Give the missing third axis of a 2D image a direction and nnU-Net's nominal size."""
-    sizes = np.array([*header.get_zooms()[:2], 1.0], dtype=np.float64)[:2]
+    longest = np.linalg.norm(affine[:3, :2], axis=0).max()
     normal = affine[:3, 2] if affine[:3, 2].any() else np.array([0.0, 0.0, 1.0])
-    affine[:3, 2] = normal / np.linalg.norm(normal) * FLAT_FACTOR * sizes.max()
+    affine[:3, 2] = normal / np.linalg.norm(normal) * FLAT_FACTOR * longest
     return affine
 
 
