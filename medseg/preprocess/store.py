@@ -337,8 +337,9 @@ def _save_array(path: Path, array: Array, chunks: Shape) -> None:
     blocks = (1, *_halve(chunks, MAX_BLOCK_BYTES, array.itemsize))
     import blosc2  # takes 0.3 s, and prediction does not need it
 
-    # LZ4HC as in nnU-Net: slow to write once, fastest to read often.
-    parameters = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1, "filters": [blosc2.Filter.SHUFFLE]}
+    # Against nnU-Net's LZ4HC level 5, on hippocampus images: a fifth of the time to write, files of 0.8 the
+    # size, 1.9 instead of 1.2 ms to read a megabyte.
+    parameters = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "nthreads": 1, "filters": [blosc2.Filter.SHUFFLE]}
     blosc2.asarray(
         np.ascontiguousarray(array),
         urlpath=str(path),
