@@ -48,7 +48,7 @@ class TerminalListener(Listener):
             return
         if self.console.is_terminal:
             self._draw(task)
-        elif note or time.monotonic() - task.printed > LINE_EVERY_SECONDS:
+        elif time.monotonic() - task.printed > LINE_EVERY_SECONDS:
             task.printed = time.monotonic()
             self.console.print(task.line(), soft_wrap=True)
 

@@ -7,6 +7,7 @@ from medseg.config import override
 from medseg.errors import ConfigError
 from medseg.train.config import (
     AugmentConfig,
+    Elastic,
     LossConfig,
     OptimizerConfig,
     Rotation,
@@ -29,11 +30,12 @@ CPU = TrainConfig(
     schedule=ScheduleConfig(name="cosine", warmup=0.03),
     loss=LossConfig(deep_supervision=False),
     augment=AugmentConfig(
-        rotation=Rotation(p=0.5, degrees=20.0),
-        scaling=Scaling(p=0.5, low=0.8, high=1.25),
+        rotation=Rotation(p=0.6, degrees=25.0),
+        scaling=Scaling(p=0.6, low=0.75, high=1.3),
+        elastic=Elastic(p=0.3, grid_voxels=12.0, shift_voxels=1.5),
         mirror="off",
     ),
-    ema_decay=0.99,
+    ema_decay=0.995,
     loader_threads=1,
     checkpoint_seconds=60.0,
     final_mirroring=False,
