@@ -66,8 +66,11 @@ def _components(mask: BoolArray) -> tuple[IntArray, IntArray]:
     if mask.ndim not in (2, 3):
         raise GeometryError(f"label map with {mask.ndim} axes: expected 2 or 3. Take one channel.")
     connectivity = 26 if mask.ndim == 3 else 8
-    components: IntArray = cc3d.connected_components(mask, connectivity=connectivity)
-    return components, np.bincount(components.ravel(order="K"))[1:]
+    # cc3d 4.1 raises on grids of one slice that hold many single voxels; one empty layer more avoids it
+    padded = np.pad(mask, [(0, 1)] * mask.ndim)
+    labelled: IntArray = cc3d.connected_components(padded, connectivity=connectivity)
+    components = labelled[tuple(slice(n) for n in mask.shape)]
+    return components, np.bincount(labelled.ravel(order="K"))[1:]
 
 
 def _without(label_map: Array, components: IntArray, removed: BoolArray) -> Array:

@@ -37,7 +37,9 @@ def plain_counts(reference: np.ndarray, prediction: np.ndarray, label, ignore) -
 
 @given(MAPS, MAPS, st.sampled_from([1, 4, (1, 2), (2,), (1, 2, 3)]), st.sampled_from([None, 4]))
 @settings(max_examples=60, deadline=None)
-def test_counts_of_any_class_region_and_ignore_label_equal_a_plain_count(reference, prediction, label, ignore):
+def test_counts_of_any_class_region_and_ignore_label_equal_a_plain_count(
+    reference, prediction, label, ignore
+):
     assert contingency(reference, prediction, ignore).counts(label) == plain_counts(
         reference, prediction, label, ignore
     )
