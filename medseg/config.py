@@ -82,13 +82,23 @@ def parse_mapping(text: str, where: str) -> dict[str, Any]:
         The text does not parse, or holds something else.
     """
     try:
-        data = yaml.load(text, Loader=_FastSafeLoader)
+        data = _parse(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where}: not readable as YAML or JSON ({reason}). Mend the file.") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping at the top level, found {type(data).__name__}.")
     return data
+
+
+def _parse(text: str) -> Any:
+    # JSON by a JSON parser: YAML takes its 1e-05 for a string.
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError:
+            pass  # YAML in flow style, or broken: the YAML parser says where
+    return yaml.load(text, Loader=_FastSafeLoader)
 
 
 def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
