@@ -1,7 +1,7 @@
 """Volume and bundle to labels or probabilities on the source grid."""
 
 from medseg.infer.predictor import Options, Predictor
-from medseg.infer.runtime import Runtime, choose_device, choose_runtime, cpu_has_bf16, set_threads
+from medseg.infer.runtime import Runtime, choose_device, choose_runtime, cpu_has_bf16
 from medseg.infer.sliding import sliding_window
 
 __all__ = [
@@ -11,6 +11,5 @@ __all__ = [
     "choose_device",
     "choose_runtime",
     "cpu_has_bf16",
-    "set_threads",
     "sliding_window",
 ]

@@ -13,7 +13,7 @@ import medseg
 from medseg.bundle import Bundle
 from medseg.errors import BundleError, ConfigError
 from medseg.infer.ensemble import Output, combine
-from medseg.infer.runtime import Runtime, choose_runtime, set_threads
+from medseg.infer.runtime import Runtime, choose_runtime, count_threads
 from medseg.infer.sliding import sliding_window
 from medseg.labels import LabelSet
 from medseg.preprocess import (
@@ -39,7 +39,7 @@ class Options:
     device : auto, cpu, cuda, cuda:N, mps
     step : distance of tiles as a part of the patch
     compatible : float16 sums with nnU-Net's roundings, else float32
-    threads : of torch; None uses every core that this process may use
+    threads : CPU threads; None uses every core that this process may use
     folds : of every bundle; None averages all
     """
 
@@ -78,7 +78,6 @@ class Predictor:
         self.bundles = (bundles,) if isinstance(bundles, Bundle) else tuple(bundles)
         self.options = options or Options(**changes)
         _check(self.bundles)
-        self.threads = set_threads(self.options.threads)
         self.models = [Model(bundle, self.options) for bundle in self.bundles]
 
     @property
@@ -167,6 +166,7 @@ class Model:
         self.runtime: Runtime = choose_runtime(self.options.device, precision)
         wanted = self.options.mirror if self.options.mirror is not None else card.get("mirroring", True)
         self.mirror_axes = self.bundle.mirror_axes if wanted else ()
+        self.threads = count_threads(self.options.threads)
         self.folds = self.options.folds or self.bundle.folds
         previous = self.bundle.previous
         self.previous = None if previous is None else Predictor(previous, self.options)
@@ -212,6 +212,7 @@ class Model:
             self.options.step,
             self.options.compatible,
             self.runtime.device,
+            self.threads,
             name,
         )
 

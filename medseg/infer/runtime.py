@@ -1,14 +1,20 @@
 """Where and how a network runs: device, number format, threads."""
 
 import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from medseg.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+T = TypeVar("T")
+R = TypeVar("R")
 
 _DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,11 +82,50 @@ def cpu_has_bf16() -> bool:
     return bool(flags or tiles)
 
 
-def set_threads(count: int | None) -> int:
-    """Let torch compute on `count` threads (None: every core this process may use); return the count."""
-    if count is not None and count < 1:
-        raise ConfigError(f"threads {count}: expected at least 1.")
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    chosen = count or available
-    torch.set_num_threads(chosen)
-    return chosen
+def count_threads(wanted: int | None) -> int:
+    """Return `wanted`, or the number of cores that this process may use.
+
+    Raises
+    ------
+    ConfigError
+        `wanted` is less than 1.
+    """
+    if wanted is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted < 1:
+        raise ConfigError(f"threads {wanted}: expected at least 1.")
+    return wanted
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch split one operation among `count` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """Yield ``function(item)`` in the order of `items`; `workers` threads run a little ahead.
+
+    One operation then takes one core, so no thread waits for another inside it: on small tensors torch's
+    own threads spend half their time spinning at barriers.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    running: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) > workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()

@@ -4,7 +4,7 @@ Source: nnU-Net v2 ``inference/predict_from_raw_data.py``.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -16,10 +16,17 @@ from torch import Tensor
 from medseg import log
 from medseg.errors import BundleError
 from medseg.geometry.tiles import gaussian_weights, pad_to, tile_slices
+from medseg.infer.runtime import count_threads, in_order, torch_threads
 from medseg.types import FloatArray, Shape
 
 # Voxels of all tiles that go through the network at once; small tiles (slices) are grouped up to this.
 BATCH_VOXELS = {"cpu": 1 << 16, "cuda": 1 << 21}
+# Tiles below this many voxels gain nothing from several threads inside one operation.
+SMALL_VOXELS = 1 << 17
+# Features of a tile: about four maps of 32 float32 channels at once.
+BYTES_PER_VOXEL = 512
+# Tiles run side by side up to this estimate of their memory.
+TILE_MEMORY_BYTES = 3 << 29
 # Logits larger than this are kept in a file instead of memory.
 MEMORY_BYTES = 2 << 30
 
@@ -37,6 +44,7 @@ def sliding_window(
     step: float = 0.5,
     compatible: bool = True,
     device: torch.device | str = "cpu",
+    threads: int | None = None,
     label: str = "Predict tiles",
 ) -> FloatArray:
     """Return the logits of a whole preprocessed volume.
@@ -50,6 +58,7 @@ def sliding_window(
     step : distance of tiles as a part of the patch
     compatible : accumulate in float16, with nnU-Net's roundings; else in float32
     device : where `network` computes; sums stay there too if they fit
+    threads : CPU threads, None for every core; they take one tile each where tiles are small
     label : name of the progress bar
 
     Returns
@@ -61,7 +70,16 @@ def sliding_window(
     BundleError
         The network returns numbers that are not finite.
     """
-    plan = _Pass(network, tuple(patch_size), n_outputs, tuple(mirror_axes), step, torch.device(device), label)
+    plan = _Pass(
+        network,
+        tuple(patch_size),
+        n_outputs,
+        tuple(mirror_axes),
+        step,
+        torch.device(device),
+        count_threads(threads),
+        label,
+    )
     logits = plan.run(data, torch.float16 if compatible else torch.float32)
     if logits is None and compatible:
         log.logger.warning("Sums of logits exceed float16, so they are made in float32.")
@@ -84,48 +102,80 @@ class _Pass:
     mirror_axes: tuple[int, ...]
     step: float
     device: torch.device
+    threads: int
     label: str
 
     def run(self, data: FloatArray, dtype: torch.dtype) -> FloatArray | None:
         """Return the mean logits, or None where they are not finite."""
-        flat = len(self.patch_size) == 2
-        padded, inner = pad_to(data, (1, *self.patch_size) if flat else self.patch_size)
+        padded, inner = pad_to(data, (1, *self.patch_size) if self.flat else self.patch_size)
         source, shape = torch.from_numpy(padded), padded.shape[1:]
-        sums = _Sums(self.n_outputs, shape, self.patch_size, dtype, self.device)
-        tiles = tile_slices(shape, self.patch_size, self.step)
-        with torch.inference_mode(), log.task(self.label, len(tiles)) as task:
-            for group in _groups(tiles, self.patch_size, self.device):
-                batch = torch.stack([source[(slice(None), *tile)] for tile in group])
-                batch = (batch.squeeze(2) if flat else batch).to(self.device)
-                logits = _mirrored(self.network, batch, self.mirror_axes)
-                for tile, one in zip(group, logits.unsqueeze(2) if flat else logits, strict=True):
-                    sums.add(tile, one)
-                task.advance(len(group))
+        groups = self.groups(tile_slices(shape, self.patch_size, self.step))
+        flips = _flips(self.mirror_axes)
+        units = [_Unit(source, group, flip) for group in groups for flip in flips]
+        workers, inside = self.share_threads(len(units))
+        with torch.inference_mode(), log.task(self.label, len(units)) as task, torch_threads(inside):
+            sums = _Sums(self.n_outputs, shape, self.patch_size, dtype, self.device)
+            outputs = in_order(self.forward, units, workers)
+            for group in groups:
+                total = next(outputs)
+                task.advance()
+                for _ in flips[1:]:
+                    total += next(outputs)
+                    task.advance()
+                total /= len(flips)
+                for tile, logits in zip(group, total.unsqueeze(2) if self.flat else total, strict=True):
+                    sums.add(tile, logits)
             mean = sums.mean()
         return None if mean is None else mean[(slice(None), *inner[1:])]
 
+    @property
+    def flat(self) -> bool:
+        """Whether the network sees slices."""
+        return len(self.patch_size) == 2
 
-def _groups(tiles: list[Index], patch_size: Shape, device: torch.device) -> Iterator[list[Index]]:
-    """Cut the list of tiles into batches."""
-    size = max(1, BATCH_VOXELS.get(device.type, 1) // int(np.prod(patch_size)))
-    for start in range(0, len(tiles), size):
-        yield tiles[start : start + size]
+    @property
+    def voxels(self) -> int:
+        """Of one tile."""
+        return int(np.prod(self.patch_size))
+
+    def groups(self, tiles: list[Index]) -> list[list[Index]]:
+        """Cut the list of tiles into batches."""
+        size = max(1, BATCH_VOXELS.get(self.device.type, 1) // self.voxels)
+        return [tiles[start : start + size] for start in range(0, len(tiles), size)]
+
+    def share_threads(self, units: int) -> tuple[int, int]:
+        """Return how many units run at once, and on how many threads each."""
+        if self.device.type != "cpu":
+            return 1, 1
+        room = max(1, TILE_MEMORY_BYTES // (self.voxels * BYTES_PER_VOXEL))
+        workers = min(self.threads, units, room)
+        if workers == 1 and self.voxels < SMALL_VOXELS:
+            return 1, 1
+        return workers, self.threads if workers == 1 else 1
+
+    def forward(self, unit: "_Unit") -> Tensor:
+        """Return float32 logits (n, n_outputs, *patch) of one batch, flipped there and back."""
+        with torch.inference_mode():
+            batch = torch.stack([unit.source[(slice(None), *tile)] for tile in unit.tiles])
+            batch = (batch.squeeze(2) if self.flat else batch).to(self.device)
+            outputs = self.network(batch.flip(unit.flip) if unit.flip else batch)
+            logits: Tensor = outputs[0] if isinstance(outputs, list | tuple) else outputs
+            return (logits.flip(unit.flip) if unit.flip else logits).float()
 
 
-def _mirrored(network: Network, batch: Tensor, axes: Sequence[int]) -> Tensor:
-    """Return float32 logits, averaged over all flips of `axes`; the sum runs in nnU-Net's order."""
-    total = _first(network(batch))
-    if not axes:
-        return total
-    flips = [c for n in range(1, len(axes) + 1) for c in combinations([axis + 2 for axis in axes], n)]
-    for flip in flips:
-        total += _first(network(batch.flip(flip))).flip(flip)
-    return total.div_(len(flips) + 1)
+@dataclass(frozen=True)
+class _Unit:
+    """One call of the network: some tiles of the image, seen in one mirror."""
+
+    source: Tensor
+    tiles: list[Index]
+    flip: tuple[int, ...]
 
 
-def _first(outputs: Any) -> Tensor:
-    logits: Tensor = outputs[0] if isinstance(outputs, list | tuple) else outputs
-    return logits.float()
+def _flips(axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return all combinations of tensor axes, in nnU-Net's order; the first is no flip at all."""
+    tensor_axes = [axis + 2 for axis in axes]
+    return [flip for n in range(len(axes) + 1) for flip in combinations(tensor_axes, n)]
 
 
 class _Sums:
