@@ -43,6 +43,8 @@ def evaluate(
         result.to_csv(csv)
     if html is not None:
         result.to_html(html, images)
+        if json != Path("-"):
+            typer.echo(f"Page: {html}")
     if result.failures:
         first = result.failures[0]
         raise PartialFailure(
@@ -66,7 +68,7 @@ def _print(result: "Evaluation") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from medseg.metrics.page import heading, interval, shown
+    from medseg.metrics.page import cases_of, heading, interval, shown
 
     shown_metrics = ("dice", "nsd", "hd95", "assd", "volume_error_relative")
     names = [name for name in shown_metrics if name in result.metrics]
@@ -86,8 +88,7 @@ def _print(result: "Evaluation") -> None:
             infinite = f"\n+{statistic.n_infinite} inf" if statistic.n_infinite else ""
             cells.append(shown(name, statistic.mean) + between + infinite)
         last = entry.label == "mean"
-        count = max(statistic.n for statistic in entry.metrics.values())
-        table.add_row(entry.label, str(count), *cells, style="bold" if last else "")
+        table.add_row(entry.label, str(cases_of(entry)), *cells, style="bold" if last else "")
     console = Console(width=80, highlight=False)
     console.print(table)
 

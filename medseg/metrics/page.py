@@ -119,6 +119,12 @@ def interval(metric: str, statistic: Statistic) -> str:
     return f"{shown(metric, statistic.low)} – {shown(metric, statistic.high)}"
 
 
+def cases_of(entry: ClassSummary) -> int:
+    """Return over how many cases the mean Dice is (without Dice: the metric that most cases have)."""
+    statistics = entry.metrics
+    return statistics["dice"].n if "dice" in statistics else max(s.n for s in statistics.values())
+
+
 def _count(n: int, one: str, many: str = "") -> str:
     return f"{n} {one if n == 1 else many or one + 's'}"
 
@@ -160,14 +166,14 @@ def _add_summary(report: HtmlReport, evaluation: "Evaluation") -> None:
     metrics = [name for name in _HEADLINE if name in evaluation.metrics]
     columns = ["class", "cases", *(heading(name, evaluation.nsd_mm) for name in metrics), "empty masks"]
     rows = [_summary_row(entry, metrics) for name, entry in evaluation.summary.items()]
-    if len(evaluation.labels) == 1:
-        rows = rows[:1]
+    several = len(evaluation.labels) > 1
+    rows = rows if several else rows[:1]
     note = "Mean over cases; below it the 95 % bootstrap interval, then the median."
-    report.add_table("Summary", columns, rows, note=note)
+    report.add_table("Summary", columns, rows, note=note, total=several)
 
 
 def _summary_row(entry: ClassSummary, metrics: Sequence[str]) -> list[Cell]:
-    n = max((s.n for s in entry.metrics.values()), default=0)
+    n = cases_of(entry)
     name = "mean of classes" if entry.label == MEAN else entry.label
     cells = [Cell(name), Cell(str(n), float(n))]
     for metric in metrics:

@@ -112,8 +112,12 @@ class HtmlReport:
         rows: Iterable[Sequence[CellLike]],
         note: str = "",
         sortable: bool = False,
+        total: bool = False,
     ) -> Self:
-        """Add a table; a float shows three digits, None a dash. Sortable: by a click on a heading."""
+        """Add a table; a float shows three digits, None a dash.
+
+        `sortable`: by a click on a heading. `total`: the last row sums up the others and stands out.
+        """
         cells = [[_cell(item) for item in row] for row in rows]
         numeric = [any(row[k].value is not None for row in cells) for k in range(len(columns))]
         return self._add(
@@ -123,6 +127,7 @@ class HtmlReport:
             rows=cells,
             note=note,
             sortable=sortable,
+            total=total,
         )
 
     def add_figure(self, title: str, drawing: str | bytes, caption: str = "") -> Self:
@@ -160,7 +165,7 @@ class HtmlReport:
         write_text(path, self.render())
 
     def _add(self, kind: str, title: str, **content: object) -> Self:
-        defaults = {"note": "", "sortable": False}
+        defaults = {"note": "", "sortable": False, "total": False}
         self.sections.append({**defaults, "kind": kind, "title": title, **content})
         return self
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medseg.errors import ConfigError, DatasetError, GeometryError, LabelError
+from medseg.errors import Cancelled, ConfigError, DatasetError, GeometryError, LabelError
 from medseg.io import write
 from medseg.labels import LabelSet
+from medseg.log import Listener, listening
 from medseg.metrics import METRICS, evaluate
 from medseg.segmentation import Segmentation
 from medseg.volume import Geometry, Volume
@@ -237,3 +238,19 @@ def test_the_csv_has_a_line_per_case_and_class_and_per_failure(folders, tmp_path
 def test_the_same_seed_gives_the_same_file(folders):
     texts = [json.dumps(evaluate(*folders, seed=4).to_dict()) for _ in range(2)]
     assert texts[0] == texts[1]
+
+
+def test_a_request_to_stop_is_obeyed_and_is_no_failure_of_a_case(folders):
+    class Impatient(Listener):
+        steps = 0
+
+        def advanced(self, key: int, steps: int, note: str) -> None:
+            self.steps += steps
+
+        def cancelled(self) -> bool:
+            return self.steps >= 1
+
+    listener = Impatient()
+    with listening(listener), pytest.raises(Cancelled):
+        evaluate(*folders, metrics=("dice",))
+    assert listener.steps == 1
