@@ -191,33 +191,36 @@ def _show(
 def print_summary(made: "Plan") -> None:
     """Print one line a configuration."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("configuration", "spacing", "patch", "batch", "features", box=None, header_style="dim")
     for name, configuration in made.configurations.items():
         table.add_row(
-            f"[bold]{name}[/]",
+            f"[bold]{escape(name)}[/]",
             " ".join(f"{s:.3g}" for s in configuration.spacing),
             "x".join(map(str, configuration.patch_size)),
             str(configuration.batch_size),
             " ".join(map(str, configuration.architecture.features_per_stage)),
         )
     console = Console(highlight=False)
-    console.print(f"[bold]{made.dataset_name}[/], preset [bold]{made.preset}[/], {made.plans_name}")
+    name = escape(made.dataset_name)
+    console.print(f"[bold]{name}[/], preset [bold]{made.preset}[/], {escape(made.plans_name)}")
     console.print(table)
 
 
 def print_explanations(made: "Plan", n_training: int, reasons: "list[Explanation]") -> None:
     """Print every value with its rule, the numbers that went in, and the source."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.rule import Rule
 
     from medseg.plan.explain import REFERENCES
 
     console = Console(highlight=False)
     console = Console(highlight=False, width=min(console.width, WIDTH))
-    labels = ", ".join(made.labels.foreground)
-    console.print(f"[bold]{made.dataset_name}[/]  {n_training} training cases")
+    labels = escape(", ".join(made.labels.foreground))
+    console.print(f"[bold]{escape(made.dataset_name)}[/]  {n_training} training cases")
     console.print(f"[dim]labels: {labels}[/]", overflow="ellipsis", no_wrap=True)
     for section in dict.fromkeys(reason.section for reason in reasons):
         console.print()

@@ -365,14 +365,17 @@ def _spacing(plan: Plan, name: str, configuration: Configuration) -> Explanation
     rules = change_rules(plan.preset, plan.options.rules)
     limit = rules.max_patch_voxels(configuration.dimensions)
     if rules.max_patches_per_case is not None and limit is not None:
+        most = limit * rules.max_patches_per_case
         rule += (
-            f" Coarsened by 3 % a step while the median case exceeds {_number(rules.max_patches_per_case)} "
-            f"patches of {limit / 1e6:.2g} million voxels, so that a patch sees enough of it."
+            f" It is coarsened by 3 % a step while the median case exceeds {most / 1e6:.3g} million voxels "
+            f"({_number(rules.max_patches_per_case)} patches), so that a patch sees enough of it."
         )
         source = f"{MEDSEG}, with the steps of nnU-Net's 3d_lowres"
     numbers = f"median case {_times(configuration.median_shape)} at this spacing"
     if name == "3d_lowres":
         numbers += f", {_times(full.median_shape)} at {_mm(full.spacing)}"
+    elif rules.max_patches_per_case is not None:
+        numbers += f", {math.prod(configuration.median_shape) / 1e6:.3g} million voxels"
     return Explanation(name, "spacing", _mm(configuration.spacing), rule, numbers, source)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from medseg.errors import DatasetError, PlanError
+from medseg.errors import DatasetError, MedsegError, PlanError
 from medseg.labels import LabelSet
 from medseg.plan.presets import PRESETS, preset_of_planner
 from medseg.plan.schema import Architecture, ChannelStats, Configuration, NetworkName, Normalization, Plan
@@ -179,10 +179,16 @@ def from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> Pl
             },
             "plans.json",
         )
+    except MedsegError:
+        raise
     except KeyError as error:
         raise PlanError(
             f"plans.json: key {error} is missing in it or in its dataset.json. "
             "Pass files that nnU-Net v2 wrote."
+        ) from error
+    except (AttributeError, StopIteration, TypeError, ValueError) as error:
+        raise PlanError(
+            f"plans.json: not of nnU-Net's layout ({error}). Pass files that nnU-Net v2 wrote."
         ) from error
 
 

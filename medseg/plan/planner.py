@@ -110,8 +110,13 @@ class DatasetInfo(Config):
         missing = [key for key in ("labels", "numTraining", "file_ending") if key not in dataset_json]
         if not channels:
             missing.append("channel_names")
-        if missing or not isinstance(channels, Mapping):
+        if missing:
             raise DatasetError(f"dataset.json: {', '.join(missing)} missing. Add what nnU-Net v2 requires.")
+        if not isinstance(channels, Mapping) or not isinstance(dataset_json["labels"], Mapping):
+            raise DatasetError(
+                'dataset.json: channel_names and labels must be mappings, such as {"0": "CT"} and '
+                '{"background": 0, "liver": 1}. Rewrite them.'
+            )
         return cls.from_dict(
             {
                 "name": name or str(dataset_json.get("name") or "Dataset"),
@@ -212,8 +217,6 @@ def _check_fit(fingerprint: Fingerprint, info: DatasetInfo) -> None:
             f"{info.name}: the fingerprint has {channels} channels, the dataset description "
             f"{len(info.channels)}. Use files of the same dataset."
         )
-    if not fingerprint.spacings or min(min(spacing) for spacing in fingerprint.spacings) <= 0:
-        raise PlanError(f"{info.name}: the fingerprint needs at least one case, and spacings above 0.")
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,16 @@ class Fingerprint(Config):
     shapes_after_crop: tuple[tuple[int, ...], ...]
     spacings: tuple[tuple[float, ...], ...]
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.spacings or len(self.spacings) != len(self.shapes_after_crop):
+            raise ValueError("one spacing and one shape a case are needed, and at least one case")
+        if any(len(values) != 3 for values in (*self.spacings, *self.shapes_after_crop)):
+            raise ValueError("spacings and shapes need three numbers (k, j, i); a 2D image has k = 1")
+        if min(map(min, self.spacings)) <= 0 or min(map(min, self.shapes_after_crop)) < 1:
+            raise ValueError("spacings must be above 0 and shapes at least 1")
+        return self
+
 
 class Configuration(Config):
     """One way to train on the dataset: 2d, 3d_lowres, 3d_fullres or 3d_cascade_fullres.

@@ -154,3 +154,11 @@ def test_networks_that_nnunet_lacks_are_not_exported() -> None:
     other = configuration.replace(architecture=configuration.architecture.replace(network="segresnet"))
     with pytest.raises(PlanError, match="segresnet"):
         to_nnunet(plan.replace(configurations={"3d_fullres": other}))
+
+
+@pytest.mark.parametrize(
+    "broken", [{"configurations": []}, {"configurations": {}}, {"configurations": {"2d": 3}}]
+)
+def test_a_file_of_another_layout_is_one_clear_error(broken: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="nnU-Net"):
+        from_nnunet(exported() | broken, DATASET_JSON)

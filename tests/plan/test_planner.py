@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from medseg.errors import ConfigError, DatasetError, PlanError
-from medseg.plan import DatasetInfo, Plan, PlanOptions, load_plan, plan_dataset, presets, save_plan
+from medseg.plan import (
+    DatasetInfo,
+    Fingerprint,
+    Plan,
+    PlanOptions,
+    load_plan,
+    make_plan,
+    plan_dataset,
+    presets,
+    save_plan,
+)
 from medseg.plan.presets import PRESETS, Rules, read_preset
 from medseg.plan.spacing import choose_spacing, choose_transpose, invert, median_shape
 from medseg.plan.topology import architecture_elements
@@ -266,3 +276,34 @@ def test_planning_imports_no_heavy_package() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_make_plan_looks_at_a_dataset_and_takes_budgets_by_name(golden_dir: Path) -> None:
+    folder = golden_dir / "preprocess" / "aniso_ct"
+    golden = load_plan_of(folder)
+    plan = make_plan(folder, "nnunet", exact=False)
+    assert plan.configurations == golden.configurations
+    assert plan.dataset_name == "aniso_ct"
+    assert make_plan(folder, "nnunet", exact=False, max_batch_size=1).configurations["2d"].batch_size == 1
+    with pytest.raises(ConfigError, match="max_batch_size"):
+        make_plan(folder, "nnunet", exact=False, max_batchsize=1)
+
+
+def load_plan_of(folder: Path) -> Plan:
+    return load_plan(folder / "nnUNetPlans.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"spacings": []}, "at least one case"),
+        ({"spacings": [[1.0, 1.0]]}, "three numbers"),
+        ({"spacings": [[0.0, 1.0, 1.0]]}, "above 0"),
+        ({"shapes_after_crop": [[9, 9, 9], [9, 9, 9]]}, "one shape a case"),
+        ({"shape": []}, "shapes_after_crop"),
+    ],
+)
+def test_a_malformed_fingerprint_is_one_clear_error(change: dict[str, object], match: str) -> None:
+    good = fingerprint_of([(1.0, 1.0, 1.0)], [(9, 9, 9)]).to_dict()
+    with pytest.raises(ConfigError, match=match):
+        Fingerprint.from_dict({**good, **change})
