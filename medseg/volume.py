@@ -60,6 +60,10 @@ class Geometry:
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size along i, j, k, in `unit`."""
         lengths = np.linalg.norm(self.affine[:3, :3], axis=0)
+        # Headers hold float32: where the norm of an oblique column misses one by rounding, take it, so that
+        # sizes derived from spacings do not hang on the last bit.
+        single = lengths.astype(np.float32).astype(np.float64)
+        lengths = np.where(np.abs(single - lengths) < 1e-9 * lengths, single, lengths)
         return cast(tuple[float, float, float], tuple(float(x) for x in lengths))
 
     @property

@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from medseg.geometry.affine import lps_to_ras, ras_to_lps
 from medseg.geometry.orient import axis_codes, is_orthonormal, skew
+from medseg.volume import Geometry
 
 
 def random_affine(seed: int) -> np.ndarray:
@@ -49,3 +50,13 @@ def test_a_sheared_grid_is_not_orthonormal() -> None:
     assert is_orthonormal(random_affine(5))
     assert not is_orthonormal(sheared)
     assert 0.09 < skew(sheared) < 0.11
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_the_spacing_of_an_oblique_grid_is_exactly_the_one_of_its_header(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    header = rng.choice([0.7, 0.9, 1.5, 2.5, 5.0], 3).astype(np.float32).astype(np.float64)
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.random(rng=rng).as_matrix() * header
+    assert Geometry((2, 2, 2), affine).spacing == tuple(header)
