@@ -19,7 +19,7 @@ from medseg.metrics.report import HtmlReport, curves
 
 if TYPE_CHECKING:
     from medseg.train.loop import Outcome
-    from medseg.train.run import Setup
+    from medseg.train.setup import Setup
 
 NSD_TOLERANCE_MM = 1.0
 

@@ -1,0 +1,66 @@
+"""Device, precision and processes of a run."""
+
+import os
+from typing import Any
+
+import torch
+
+from medseg.errors import ConfigError
+from medseg.train.config import TrainConfig
+
+
+def launch(config: TrainConfig, batch_size: int, device: str) -> Any:
+    """Start Fabric on a device, in every process of a `torchrun`.
+
+    Raises
+    ------
+    ConfigError
+        The device is not there, or the batch cannot be shared evenly.
+    """
+    from lightning_fabric import Fabric
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    world = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun, and by nothing else here
+    if batch_size % world:
+        raise ConfigError(
+            f"batch_size {batch_size} cannot be shared by {world} processes. "
+            f"Set batch_size={-(-batch_size // world) * world}."
+        )
+    accelerator = device
+    if device == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator not in ("cpu", "cuda", "mps") or not _is_there(accelerator):
+        raise ConfigError(f"device {device!r}: is not available here. Use auto or cpu.")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=local,
+        num_nodes=max(1, world // local),
+        strategy="ddp" if world > 1 else "auto",
+        precision=_precision(config.precision, accelerator),
+    )
+    fabric.launch()
+    return fabric
+
+
+def _is_there(accelerator: str) -> bool:
+    if accelerator == "cuda":
+        return torch.cuda.is_available()
+    return accelerator == "cpu" or torch.backends.mps.is_available()
+
+
+def _precision(wanted: str, accelerator: str) -> Any:
+    if wanted == "auto":
+        if accelerator == "cuda":
+            wanted = "fp16"
+        else:
+            wanted = "bf16" if accelerator == "cpu" and cpu_has_bf16() else "fp32"
+    return {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[wanted]
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
+    flags = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return bool(flags or tiles)

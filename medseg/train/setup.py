@@ -1,0 +1,176 @@
+"""Everything about a training run that is settled before its first step."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import medseg
+from medseg.errors import DatasetError, TrainingError
+from medseg.files import write_text
+from medseg.io import Case, Dataset, open_dataset
+from medseg.plan import Configuration, Plan, choose_split, load_plan, make_plan
+from medseg.train import loop
+from medseg.train.config import TrainConfig
+from medseg.train.recipes import load_recipe
+from medseg.types import PathLike
+
+Fold = int | Literal["all"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything about one fold that is decided before the first step."""
+
+    dataset: Dataset
+    plan: Plan
+    configuration: str
+    config: TrainConfig
+    fold: Fold
+    train: tuple[Case, ...]
+    validation: tuple[Case, ...]
+    run: Path
+    pretrained: Path | None = None
+    previous: Path | None = None
+
+    @property
+    def settings(self) -> Configuration:
+        """The planned configuration."""
+        return self.plan.configuration(self.configuration)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this fold."""
+        return self.run / f"fold_{self.fold}"
+
+    @property
+    def batch_size(self) -> int:
+        """Samples a step."""
+        return self.config.batch_size or self.settings.batch_size
+
+    @property
+    def key(self) -> str:
+        """Hash of what must not change between a run and its resumption."""
+        config = self.config.model_dump(
+            mode="json",
+            exclude={"threads", "loader_threads", "checkpoint_seconds", "tensorboard", "cache_gb"},
+        )
+        cases = [[case.name for case in part] for part in (self.train, self.validation)]
+        plan = self.plan.to_dict()
+        facts = json.dumps([plan, self.configuration, config, cases], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def decide(
+    dataset: Dataset | PathLike,
+    out: PathLike,
+    plan: Plan | PathLike | None = None,
+    preset: str | None = None,
+    configuration: str | None = None,
+    fold: Fold = 0,
+    overrides: Sequence[str] = (),
+    recipe: str | None = None,
+    pretrained: PathLike | None = None,
+    previous: PathLike | None = None,
+    splits: PathLike | None = None,
+) -> Setup:
+    """Settle everything about a run without touching the disk; parameters as in :func:`fit`."""
+    if not isinstance(dataset, Dataset):
+        dataset = open_dataset(dataset)
+    chosen = _choose_plan(dataset, Path(out), plan, preset)
+    train, validation = _split(dataset, fold, splits)
+    name = configuration or chosen.default_configuration
+    chosen.configuration(name)
+    return Setup(
+        dataset=dataset,
+        plan=chosen,
+        configuration=name,
+        config=load_recipe(recipe or chosen.recipe, overrides),
+        fold=fold,
+        train=train,
+        validation=validation,
+        run=Path(out),
+        pretrained=Path(pretrained) if pretrained else None,
+        previous=Path(previous) if previous else None,
+    )
+
+
+def describe(dataset: Dataset | PathLike, out: PathLike, **choices: Any) -> dict[str, Any]:
+    """Return what :func:`fit` would train, as plain data; nothing is written."""
+    setup = decide(dataset, out, **choices)
+    settings = setup.settings
+    return {
+        "dataset": str(setup.dataset.root),
+        "run": str(setup.run),
+        "preset": setup.plan.preset,
+        "recipe": setup.plan.recipe,
+        "configuration": setup.configuration,
+        "network": settings.architecture.network,
+        "patch": list(settings.patch_size),
+        "batch": setup.batch_size,
+        "spacing": list(settings.spacing),
+        "steps": setup.config.steps,
+        "fold": setup.fold,
+        "train": len(setup.train),
+        "validation": len(setup.validation),
+    }
+
+
+def check_folder(setup: Setup, resume: bool) -> None:
+    """Refuse a run folder that holds something else, before anything is written."""
+    state = setup.folder / loop.STATE_FILE
+    if (setup.folder / "report.html").exists():
+        raise TrainingError(f"{setup.folder}: is already trained. Choose another fold or folder.")
+    if state.exists() and not resume:
+        raise TrainingError(
+            f"{setup.folder}: an unfinished run is here. Pass --resume to go on, or choose a new folder."
+        )
+    existing = setup.run / "plan.yaml"
+    if existing.exists() and load_plan(existing) != setup.plan:
+        raise TrainingError(f"{setup.run}: was started with another plan. Choose a new folder for this one.")
+
+
+def write_inputs(setup: Setup) -> None:
+    """Write what was decided next to the result, before the first step."""
+    setup.folder.mkdir(parents=True, exist_ok=True)
+    (setup.folder / loop.STOP_FILE).unlink(missing_ok=True)
+    if not (setup.run / "plan.yaml").exists():
+        setup.plan.save(setup.run / "plan.yaml")
+    setup.config.save(setup.folder / "train.yaml")
+    facts = {
+        "medseg": medseg.__version__,
+        "torch": torch.__version__,
+        "configuration": setup.configuration,
+        "fold": setup.fold,
+        "train": [case.name for case in setup.train],
+        "val": [case.name for case in setup.validation],
+    }
+    write_text(setup.folder / "run.json", json.dumps(facts, indent=1))
+
+
+def _choose_plan(dataset: Dataset, run: Path, plan: Plan | PathLike | None, preset: str | None) -> Plan:
+    existing = run / "plan.yaml"
+    if isinstance(plan, Plan):
+        return plan
+    if plan is not None:
+        return load_plan(plan)
+    return load_plan(existing) if existing.exists() and preset is None else make_plan(dataset, preset)
+
+
+def _split(
+    dataset: Dataset, fold: Fold, splits: PathLike | None
+) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    by_name = {case.name: case for case in dataset.training if case.label is not None}
+    if not by_name:
+        raise DatasetError(f"{dataset.root}: no labelled cases to train on. Add labels or check the layout.")
+    split = choose_split(tuple(by_name.values()), fold, splits)
+    missing = [name for name in (*split.train, *split.val) if name not in by_name]
+    if missing:
+        raise DatasetError(
+            f"{splits}: {len(missing)} of its cases are not in {dataset.root}, the first {missing[0]!r}."
+        )
+    return tuple(by_name[n] for n in split.train), tuple(by_name[n] for n in split.val)
