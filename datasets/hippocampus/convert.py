@@ -16,7 +16,7 @@ RECIPE = Path(__file__).with_name("dataset.yaml")
 
 
 def convert(source: Path, out: Path, hold_out: int = 0, seed: int = 0) -> Path:
-    """Copy the labelled cases of `source` to `out`; `hold_out` of them, drawn with `seed`, become the test set.
+    """Copy the labelled cases of `source` to `out`; `hold_out` of them, drawn with `seed`, are its test set.
 
     Raises
     ------
@@ -61,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path, help="Task04_Hippocampus, or a folder with images/ and labels/")
     parser.add_argument("out", type=Path, help="dataset folder to make, e.g. Dataset004_Hippocampus")
-    parser.add_argument("--hold-out", type=int, default=0, metavar="N", help="cases for imagesTs and labelsTs")
+    parser.add_argument(
+        "--hold-out", type=int, default=0, metavar="N", help="cases for imagesTs and labelsTs"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw of held-out cases")
     given = parser.parse_args()
     print(convert(given.source, given.out, given.hold_out, given.seed))
