@@ -1,7 +1,7 @@
 """Volume and bundles to a label map on the source grid."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,8 @@ class Model:
         self.threads = count_threads(self.options.threads)
         self.folds = self.options.folds or self.bundle.folds
         previous = self.bundle.previous
-        self.previous = None if previous is None else Predictor(previous, self.options)
+        first_stage = replace(self.options, folds=None)  # its folds are not this model's
+        self.previous = None if previous is None else Predictor(previous, first_stage)
         _check_model(self)
 
     @property
