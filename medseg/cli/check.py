@@ -27,8 +27,9 @@ def check(
     from medseg.errors import DataError
     from medseg.io.check import check_dataset
 
-    # nibabel tells of every odd header by itself; here that is a finding or of no interest.
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+    # nibabel and tifffile tell of every odd header themselves; here that is a finding or of no interest.
+    for name in ("nibabel.global", "tifffile"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     findings = check_dataset(dataset)
     if json:
         _print_json(dataset, findings)
@@ -59,24 +60,27 @@ def _print_text(dataset: Path, findings: Sequence["Finding"]) -> None:
 
 
 def _print_group(console: "Console", group: Sequence["Finding"]) -> None:
-    from rich.padding import Padding
-    from rich.text import Text
-
     kinds: dict[str, list[Finding]] = defaultdict(list)
     for finding in group:
         kinds[finding.code].append(finding)
     for code, findings in kinds.items():
         for finding in findings[:SHOWN_OF_A_KIND]:
-            line = Text.assemble(
-                "- ",
-                (f"{finding.case}: " if finding.case else "", "bold"),
-                f"{finding.message}. ",
-                (finding.remedy, "italic"),
-            )
-            console.print(Padding(line, (0, 0, 0, 2)))
+            _print_finding(console, finding)
         rest = len(findings) - SHOWN_OF_A_KIND
         if rest > 0:
             console.print(f"  - ... and {rest} more of the kind {code} (--json lists all)", markup=False)
+
+
+def _print_finding(console: "Console", finding: "Finding") -> None:
+    """Print one finding: folded with a hanging indent on a terminal, exactly one line into a pipe."""
+    from rich.text import Text
+
+    case = (f"{finding.case}: " if finding.case else "", "bold")
+    line = Text.assemble(case, f"{finding.message}. ", (finding.remedy, "italic"))
+    parts = line.wrap(console, console.width - 4) if console.is_terminal else [line]
+    for number, part in enumerate(parts):
+        part.rstrip()
+        console.print(Text("    " if number else "  - ") + part, soft_wrap=True)
 
 
 def _summary(dataset: Path, findings: Sequence["Finding"]) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # tifffile and pillow are imported where they are used, for a quick start.
 
+# The tightest codec in use (zstd) packs a constant image about 10,000 : 1; more is a damaged header.
+MAX_RATIO = 10_000
 # TIFF and PNG hold sizes but neither position nor direction; lengths that agree so far are the same.
 PLAIN_TOLERANCE = 1e-6
 
@@ -42,11 +44,17 @@ def read_tiff(path: Path) -> Volume:
     """
     import tifffile
 
+    _refuse_circles(path)
     with tifffile.TiffFile(path) as tiff:
         if not tiff.series:
             raise ReadError(f"{path}: holds no image. Export it again.")
         series = tiff.series[0]
         axes = str(series.axes)
+        if series.nbytes > path.stat().st_size * MAX_RATIO:
+            raise ReadError(
+                f"{path}: its header promises {series.shape} pixels, which this file cannot hold. "
+                "It is damaged; export it again."
+            )
         array = _pixels(series, path)
         spacing, unit, notes = _tiff_spacing(tiff, path)
     array, flat, assumed = _arrange(array, axes, path)
@@ -126,9 +134,33 @@ def tiff_is_flat(path: Path) -> bool:
     """Return whether nnU-Net's 2D reader would take this TIFF: one grey page, or RGB(A)."""
     import tifffile
 
+    _refuse_circles(path)
     with tifffile.TiffFile(path) as tiff:
         shape = tiff.series[0].shape
     return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (3, 4))
+
+
+def _refuse_circles(path: Path) -> None:
+    """Walk the chain of page headers: one that bites its tail would keep tifffile busy for ever.
+
+    A header is a count, that many entries, and the offset of the next header; sizes differ between
+    TIFF 6.0 (page 14) and BigTIFF (https://www.awaresystems.be/imaging/tiff/bigtiff.html).
+    """
+    with path.open("rb") as stream:
+        start = stream.read(16)
+        order: Literal["little", "big"] = "big" if start[:2] == b"MM" else "little"
+        big = int.from_bytes(start[2:4], order) == 43
+        count_bytes, entry_bytes, offset_bytes = (8, 20, 8) if big else (2, 12, 4)
+        offset = int.from_bytes(start[8:16] if big else start[4:8], order)
+        seen: set[int] = set()
+        while offset:
+            if offset in seen:
+                raise ReadError(f"{path}: its pages form a circle. The file is damaged; export it again.")
+            seen.add(offset)
+            stream.seek(offset)
+            entries = int.from_bytes(stream.read(count_bytes), order)
+            stream.seek(offset + count_bytes + entries * entry_bytes)
+            offset = int.from_bytes(stream.read(offset_bytes), order)
 
 
 def _pixels(series: "tifffile.TiffPageSeries", path: Path) -> Array:

@@ -1,6 +1,7 @@
 """`medseg check` in a terminal and for machines."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,16 @@ def test_errors_exit_with_4_and_warnings_with_0(raw, app: typer.Typer) -> None:
     assert "mend the errors before training" in result.stdout
 
 
-def test_lines_fit_in_80_columns(raw, app: typer.Typer) -> None:
+def test_a_terminal_gets_lines_of_80_columns_and_a_pipe_one_line_a_finding(raw, app: typer.Typer) -> None:
     folder = raw()
     write(label(values=(1, 9)), folder / "labelsTr" / "a.nii.gz")
     (folder / "imagesTr" / "b_0000.nii.gz").write_bytes(b"x" * 400)
-    output = runner.invoke(app, [str(folder)], env={"COLUMNS": "80"}).stdout
-    lines = [line for line in output.splitlines() if str(folder) not in line]
-    assert max(len(line.rstrip()) for line in lines) <= 80
+    terminal = runner.invoke(app, [str(folder)], env={"COLUMNS": "80", "FORCE_COLOR": "1"}).stdout
+    plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in terminal.splitlines()]
+    assert max(len(line) for line in plain if str(folder) not in line) <= 80
+    assert any(line.startswith("    ") for line in plain)
+    piped = runner.invoke(app, [str(folder)]).stdout.splitlines()
+    assert len(piped) == 1 + 2 + 1  # the heading, two findings, the summary
 
 
 def test_many_findings_of_a_kind_are_counted(raw, app: typer.Typer) -> None:

@@ -153,3 +153,15 @@ def test_real_nuclei_keep_their_16_bit_instances(data_dir: Path, tmp_path: Path)
         again = read(tmp_path / "again.png")
         np.testing.assert_array_equal(again.array, volume.array)
         assert again.geometry == volume.geometry
+
+
+def test_pages_in_a_circle_are_refused_instead_of_read_for_ever(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", STACK, photometric="minisblack", metadata=None)
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        first, last = tiff.pages[0].offset, tiff.pages[-1]
+        next_page = last.offset + 2 + 12 * len(last.tags)
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    content[next_page : next_page + 4] = first.to_bytes(4, "little")
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(ReadError, match=r"a\.tif: its pages form a circle"):
+        read(tmp_path / "a.tif")
