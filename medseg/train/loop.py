@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from medseg import log
-from medseg.errors import Cancelled, ResourceError, TrainingError
+from medseg.errors import Cancelled, ConfigError, ResourceError, TrainingError
 from medseg.labels import LabelSet
 from medseg.train import losses, state
 from medseg.train.config import OptimizerConfig, TrainConfig
@@ -142,6 +142,7 @@ class Session:
         self.clock = Clock(job, progress)
         self.losses: list[Tensor] = []
         self.saved = time.monotonic()
+        self.board = open_board(job) if job.config.tensorboard and fabric.is_global_zero else None
 
     def run(self) -> str:
         """Do the steps; return why it ended."""
@@ -219,6 +220,8 @@ class Session:
             note += "  Dice " + " ".join(f"{d:.3f}" for d in dice.values())
             self._keep_best(float(np.nanmean([*dice.values()])) if not _all_nan(dice) else 0.0, epoch)
         progress.history.append(row)
+        if self.board is not None:
+            write_scalars(self.board, row)
         self.save()
         return note
 
@@ -274,6 +277,33 @@ class Session:
             return f"no better score for {patience} epochs"
         stop = (self.job.folder / STOP_FILE).exists()
         return "a STOP file was found" if self.fabric.broadcast(stop) else None
+
+
+def open_board(job: Job) -> Any:
+    """Return a TensorBoard writer for this fold.
+
+    Raises
+    ------
+    ConfigError
+        The package is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "tensorboard=true: the package is not installed. Run pip install 'medseg[tensorboard]'."
+        ) from error
+    return SummaryWriter(str(job.folder / "tensorboard"))
+
+
+def write_scalars(board: Any, row: dict[str, Any]) -> None:
+    """Write one row of the log: loss, learning rate, and Dice per class."""
+    board.add_scalar("loss", row["loss"], row["step"])
+    board.add_scalar("lr", row["lr"], row["step"])
+    for name, dice in row.get("dice", {}).items():
+        if dice is not None:
+            board.add_scalar(f"dice/{name}", dice, row["step"])
+    board.flush()
 
 
 def make_optimizer(network: nn.Module, config: OptimizerConfig) -> Optimizer:

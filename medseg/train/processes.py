@@ -1,5 +1,6 @@
 """Device, precision and processes of a run."""
 
+import logging
 import os
 from typing import Any
 
@@ -18,6 +19,8 @@ def launch(config: TrainConfig, batch_size: int, device: str) -> Any:
         The device is not there, or the batch cannot be shared evenly.
     """
     from lightning_fabric import Fabric
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from medseg.errors import Cancelled, TrainingError
+from medseg.errors import Cancelled, ConfigError, TrainingError
 from medseg.labels import LabelSet
 from medseg.log import Listener, listening
 from medseg.train import loop
@@ -158,3 +159,26 @@ def test_poly_changes_at_epoch_starts_as_nnunet_does() -> None:
     for fraction, epoch in ((0.0, 0), (0.0009, 0), (0.5, 500), (0.9999, 999)):
         loop.set_learning_rate(optimizer, config, fraction)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * (1 - epoch / 1000) ** 0.9)
+
+
+def test_tensorboard_is_optional_and_its_absence_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"medseg\[tensorboard\]"):
+        loop.run(job(tmp_path, config=CONFIG.replace(tensorboard=True)), fabric())
+
+
+def test_what_is_logged_reaches_the_board() -> None:
+    class Board:
+        def __init__(self) -> None:
+            self.seen: dict[str, float] = {}
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.seen[name] = value
+
+        def flush(self) -> None: ...
+
+    board = Board()
+    loop.write_scalars(board, {"loss": 1.5, "lr": 0.1, "step": 3, "dice": {"a": 0.5, "b": None}})
+    assert board.seen == {"loss": 1.5, "lr": 0.1, "dice/a": 0.5}

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from medseg.bundle import load_bundle
-from medseg.errors import ConfigError, DatasetError, PlanError, TrainingError
+from medseg.errors import ConfigError, DataError, PlanError, TrainingError
 from medseg.io import open_dataset, read, write
 from medseg.plan import Architecture, Plan, make_plan
 from medseg.train import describe, fit
@@ -215,8 +215,9 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
 
 def test_a_dataset_without_labels_is_one_clear_error(tmp_path: Path, plan: Plan) -> None:
     write(noise(GEOMETRIES["straight"]), tmp_path / "images" / "a.nii.gz")
-    with pytest.raises(DatasetError):
+    with pytest.raises(DataError):
         fit(tmp_path, tmp_path / "run", plan)
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_plan_in_the_same_folder_is_refused(dataset: Path, plan: Plan, tmp_path: Path) -> None:
