@@ -33,9 +33,27 @@ def _resenc_unet(
     return ResidualEncoderUNet(architecture, in_channels, out_channels, deep_supervision)
 
 
+def _segresnet(
+    architecture: "Architecture", in_channels: int, out_channels: int, deep_supervision: bool
+) -> "nn.Module":
+    from medseg.nets.monai_nets import SegResNet
+
+    return SegResNet(architecture, in_channels, out_channels, deep_supervision)
+
+
+def _swin_unetr(
+    architecture: "Architecture", in_channels: int, out_channels: int, deep_supervision: bool
+) -> "nn.Module":
+    from medseg.nets.monai_nets import SwinUnet
+
+    return SwinUnet(architecture, in_channels, out_channels, deep_supervision)
+
+
 NETS: dict["NetworkName", Builder] = {
     "unet": _plain_unet,
     "resenc-unet": _resenc_unet,
+    "segresnet": _segresnet,
+    "swin-unetr": _swin_unetr,
 }
 
 
