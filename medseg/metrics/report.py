@@ -195,7 +195,7 @@ def curves(
     with _figure(size) as (figure, draw):
         axes = figure.add_subplot()
         for (name, (x, y)), colour in zip(series.items(), _cycle(len(series)), strict=True):
-            axes.plot(x, y, color=colour, linewidth=1.6, label=name)
+            axes.plot(x, y, color=colour, linewidth=1.6, label=name, marker="o" if len(x) == 1 else "")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(color=_GRID, linewidth=0.7)
