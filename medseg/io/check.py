@@ -204,7 +204,7 @@ def _check_label(case: Case, layout: Layout, facts: Facts, collector: _Collector
     except OSError as error:
         collector.add("unreadable", f"{case.label}: {error.strerror or error}", "Check its permissions.")
         return
-    values = {int(value) for value in np.unique(label.array)}
+    values = {int(value) for value in np.unique(label.array.ravel(order="K"))}
     facts.labels = values
     _check_label_values(values, layout, collector)
     if facts.geometry is not None:

@@ -545,7 +545,7 @@ def _scan_labels(layout: Layout) -> LabelSet:
     paths = [case.label for case in layout.training if case.label]
     for path in progress(paths, "Reading labels"):
         try:
-            found = np.unique(read(path).array)
+            found = np.unique(read(path).array.ravel(order="K"))
         except MedsegError:
             continue  # checked and reported case by case
         if np.all(found == np.rint(found)):

@@ -1,5 +1,7 @@
 """Every format keeps what it is given, and every broken file gives one clear error."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -229,3 +231,12 @@ def test_hidden_twins_of_macos_are_no_images(tmp_path: Path) -> None:
     for name in ("._a.nii.gz", "a.nii.gz", "b.txt"):
         (tmp_path / name).touch()
     assert [path.name for path in sorted(tmp_path.iterdir()) if is_image(path)] == ["a.nii.gz"]
+
+
+def test_importing_the_tables_loads_no_imaging_library() -> None:
+    code = (
+        "import sys, medseg.io; "
+        "print(sorted({'nibabel', 'SimpleITK', 'tifffile', 'PIL', 'torch', 'scipy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
