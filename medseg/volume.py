@@ -76,8 +76,8 @@ class Geometry:
         if self.shape != other.shape or self.unit != other.unit:
             return False
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape], [1])).reshape(4, -1)
-        shift = np.abs((self.affine - other.affine) @ corners)[:3].max()
-        return bool(shift <= tolerance * max(self.spacing) * max(1.0, max(self.shape) / 100))
+        moved = np.linalg.solve(self.affine, other.affine) @ corners - corners  # in voxels of this grid
+        return bool(np.abs(moved[:3]).max() <= tolerance * max(1.0, max(self.shape) / 100))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Geometry):
