@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and their hashes."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -10,6 +11,16 @@ from pathlib import Path
 
 from medseg.errors import ResourceError
 from medseg.types import PathLike
+
+DISK_FULL = "the disk is full. Free some space and run the same command again."
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error says that no more can be written, in Python's words or in a library's."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return any(f"os error {code}" in str(error) or os.strerror(code) in str(error) for code in _FULL)
 
 
 @contextmanager
@@ -30,11 +41,9 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno == 28:  # ENOSPC
-            raise ResourceError(
-                f"{path}: the disk is full. Free some space and run the same command again."
-            ) from error
+    except Exception as error:
+        if is_disk_full(error):
+            raise ResourceError(f"{path}: {DISK_FULL}") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -54,11 +63,9 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if error.errno == 28:
-            raise ResourceError(
-                f"{path}: the disk is full. Free some space and run the same command again."
-            ) from error
+    except Exception as error:
+        if is_disk_full(error):
+            raise ResourceError(f"{path}: {DISK_FULL}") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -16,7 +16,7 @@ import numpy as np
 from medseg import log
 from medseg.bundle import Bundle, load_bundle
 from medseg.errors import Cancelled, ConfigError, MedsegError, ReadError, ResourceError
-from medseg.files import sha256_file, write_text
+from medseg.files import is_disk_full, sha256_file, write_text
 from medseg.io.dataset import Case, list_cases, read_image
 from medseg.io.formats import WRITERS, stem_of, suffix_of, write
 from medseg.segmentation import Segmentation
@@ -346,7 +346,7 @@ def _wait(future: "Future[T]", case: Case, timeout: float) -> "Future[T]":
 
 def _reason(case: Case, error: Exception) -> str:
     """Return the sentence for a failed case, or raise what concerns all cases."""
-    full = isinstance(error.__cause__, OSError) and error.__cause__.errno == 28
+    full = error.__cause__ is not None and is_disk_full(error.__cause__)
     if isinstance(error, Cancelled) or (isinstance(error, ResourceError) and full):
         raise error
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

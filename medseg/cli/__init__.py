@@ -18,6 +18,7 @@ from medseg.cli.progress import TerminalListener
 from medseg.cli.select import select
 from medseg.cli.train import stop, train
 from medseg.errors import MedsegError, ResourceError
+from medseg.files import DISK_FULL, is_disk_full
 from medseg.log import listening
 
 app = typer.Typer(
@@ -57,10 +58,14 @@ def main() -> None:
         sys.stderr.write("Stopped. Run the same command again to continue.\n")
         sys.exit(130)
     except (MemoryError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != 28:  # ENOSPC
+        if isinstance(error, OSError) and not is_disk_full(error):
             raise
-        reason = "memory ran out" if isinstance(error, MemoryError) else "the disk is full"
-        sys.exit(_report(ResourceError(f"{reason}. Free some and run the same command again.")))
+        reason = (
+            DISK_FULL
+            if isinstance(error, OSError)
+            else "memory ran out. Close other programs, or split the work."
+        )
+        sys.exit(_report(ResourceError(reason)))
 
 
 def _report(error: MedsegError) -> int:

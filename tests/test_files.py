@@ -1,0 +1,82 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medseg.errors import ResourceError
+from medseg.files import atomic_folder, atomic_path, is_disk_full, sha256_file, write_text
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "a.txt"
+    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list((tmp_path / "deep").iterdir()) == []
+    write_text(target, "whole")
+    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
+        temporary.write_text("other")
+        raise RuntimeError
+    assert target.read_text() == "whole" and len(list(target.parent.iterdir())) == 1
+
+
+def test_the_temporary_name_keeps_the_suffixes(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "a.nii.gz") as temporary:
+        assert temporary.name.endswith(".nii.gz")
+        temporary.touch()
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    for text in ("old", "new"):
+        with atomic_folder(target) as temporary:
+            (temporary / f"{text}.txt").write_text(text)
+    assert [p.name for p in target.iterdir()] == ["new.txt"]
+    with pytest.raises(RuntimeError), atomic_folder(target) as temporary:
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_full_disk_is_one_sentence_whoever_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="disk is full"), atomic_path(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert is_disk_full(
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    )
+    assert not is_disk_full(OSError(errno.EACCES, "no"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file size")
+@pytest.mark.parametrize("kind", ["plain", "safetensors", "nifti"])
+def test_a_write_that_hits_the_limit_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    # The limit on file size stands in for a full disk: the kernel refuses the write in the same way.
+    writes = {
+        "plain": "write_text(target, 'x' * 10**6)",
+        "safetensors": (
+            "import torch; from medseg.train.state import save_weights; "
+            "save_weights(target, torch.nn.Linear(500, 500))"
+        ),
+        "nifti": (
+            "import numpy as np; from medseg import Geometry, Volume, write; "
+            "write(Volume(np.random.rand(60, 60, 60), Geometry((60, 60, 60), np.eye(4))), target)"
+        ),
+    }
+    script = (
+        "import resource, signal; from pathlib import Path; from medseg.files import write_text\n"
+        f"target = Path({str(tmp_path)!r}) / 'a.nii.gz'\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
+        f"from medseg.errors import ResourceError\ntry:\n    {writes[kind]}\n"
+        "except ResourceError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "the disk is full" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_hash_is_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
