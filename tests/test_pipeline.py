@@ -1,0 +1,283 @@
+"""Files, folders and arrays to label maps; one bad case does not stop the others."""
+
+import errno
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from medseg import pipeline
+from medseg.bundle import save_bundle
+from medseg.cli.info import info
+from medseg.cli.predict import predict
+from medseg.errors import Cancelled, ConfigError, PartialFailure, PlanError, ReadError, ResourceError
+from medseg.infer import Options, Predictor
+from medseg.io import read, write
+from medseg.log import Listener, listening
+from medseg.pipeline import list_work, predict_folder, segment
+from tests.infer.models import image, tiny_plan, tiny_weights
+
+FAST = {"device": "cpu", "threads": 1, "mirror": False}
+CARD = {"precision": "fp32"}
+
+app = typer.Typer()
+app.command()(predict)
+app.command()(info)
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    plan = tiny_plan()
+    save_bundle(tmp_path / "bundle", plan, "3d_fullres", {"0": tiny_weights(plan)}, (0, 1, 2), CARD)
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def images(tmp_path):
+    for number, name in enumerate(("ann", "ben", "cid")):
+        write(image(seed=number), tmp_path / "images" / f"{name}_0000.nii.gz")
+    return tmp_path / "images"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def report(folder):
+    return json.loads((folder / "predictions.json").read_text())
+
+
+def test_a_file_a_volume_and_an_array_give_the_same_labels(bundle, images):
+    path = images / "ann_0000.nii.gz"
+    volume = read(path)
+    predictor = Predictor(pipeline.load_models(bundle), **FAST)
+    results = [
+        segment(each, predictor)
+        for each in (path, str(path), [path], volume, (volume.array, volume.geometry.affine))
+    ]
+    results.append(segment((volume.array[0], volume.geometry.affine), bundle, **FAST))
+    for result in results:
+        assert (result.volume.array == results[0].volume.array).all()
+        assert result.volume.geometry == volume.geometry
+    assert len(np.unique(results[0].volume.array)) > 1
+
+
+def test_a_folder_of_several_cases_is_not_one_image(bundle, images):
+    with pytest.raises(ReadError, match="3 cases"):
+        segment(images, bundle, **FAST)
+
+
+def test_options_of_a_ready_predictor_cannot_be_changed(bundle, images):
+    predictor = Predictor(pipeline.load_models(bundle), **FAST)
+    with pytest.raises(ConfigError, match="already"):
+        segment(images / "ann_0000.nii.gz", predictor, mirror=True)
+
+
+def test_too_few_channels_are_refused(bundle):
+    with pytest.raises(PlanError, match="2 channels"):
+        segment(image(channels=2), bundle, **FAST)
+
+
+def test_a_folder_becomes_label_maps_on_the_grids_of_their_images(bundle, images, tmp_path):
+    results = predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert [(r.case, r.status, r.error) for r in results] == [
+        (n, "done", None) for n in ("ann", "ben", "cid")
+    ]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "ann.nii.gz", "ben.nii.gz", "cid.nii.gz", "predictions.json"
+    }  # fmt: skip
+    for name in ("ann", "ben", "cid"):
+        ours, source = read(tmp_path / "out" / f"{name}.nii.gz"), read(images / f"{name}_0000.nii.gz")
+        assert ours.geometry.matches(source.geometry) and ours.array.dtype == np.uint8
+        assert (ours.array == segment(source, bundle, **FAST).volume.array).all()
+
+
+def test_the_report_says_what_was_done_to_which_files_by_which_model(bundle, images, tmp_path):
+    predict_folder(images, bundle, tmp_path / "out", **FAST)
+    content = report(tmp_path / "out")
+    assert content["provenance"]["models"][0]["sha256"] == pipeline.load_bundle(bundle).digest
+    assert content["provenance"]["models"][0]["mirror_axes"] == []
+    row = content["cases"][0]
+    assert row["case"] == "ann" and row["status"] == "done" and row["seconds"] > 0
+    assert len(row["inputs"]["ann_0000.nii.gz"]) == 64
+    assert content["labels"]["entries"]["kidney"] == 1
+
+
+def test_one_bad_case_is_a_row_and_the_others_finish(bundle, images, tmp_path):
+    (images / "ben_0000.nii.gz").write_bytes(b"not an image")
+    results = predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert [r.status for r in results] == ["done", "failed", "done"]
+    assert "ben" in results[1].error and "\n" not in results[1].error
+    assert not (tmp_path / "out" / "ben.nii.gz").exists()
+    assert [row["status"] for row in report(tmp_path / "out")["cases"]] == ["done", "failed", "done"]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("odd"), MemoryError()])
+def test_a_fault_in_the_middle_of_a_case_is_a_row(bundle, images, tmp_path, monkeypatch, fault):
+    original, calls = Predictor.segment_prepared, []
+
+    def broken(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise fault
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Predictor, "segment_prepared", broken)
+    results = predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert [r.status for r in results] == ["done", "failed", "done"]
+    assert ("memory ran out" if isinstance(fault, MemoryError) else "RuntimeError: odd") in results[1].error
+
+
+def test_a_case_that_cannot_be_read_in_time_is_given_up(bundle, images, tmp_path, monkeypatch):
+    original, release = pipeline.read_image, threading.Event()
+
+    def slow(case):
+        if case.name == "ben":
+            release.wait(20)
+        return original(case)
+
+    monkeypatch.setattr(pipeline, "read_image", slow)
+    began = time.monotonic()
+    results = predict_folder(images, bundle, tmp_path / "out", read_timeout=1.0, **FAST)
+    release.set()
+    assert [r.status for r in results] == ["done", "failed", "done"]
+    assert "within 1 s" in results[1].error and time.monotonic() - began < 15
+
+
+def test_continue_leaves_out_what_the_same_model_has_done_to_the_same_files(bundle, images, tmp_path):
+    out = tmp_path / "out"
+    (images / "ben_0000.nii.gz").write_bytes(b"not an image")
+    predict_folder(images, bundle, out, **FAST)
+    before = (out / "ann.nii.gz").stat().st_mtime_ns
+    write(image(seed=7), images / "ben_0000.nii.gz")
+    write(image(seed=8), images / "cid_0000.nii.gz")  # was done, but is another image now
+    results = predict_folder(images, bundle, out, resume=True, **FAST)
+    assert {r.case: r.status for r in results} == {"ann": "skipped", "ben": "done", "cid": "done"}
+    assert (out / "ann.nii.gz").stat().st_mtime_ns == before
+    again = predict_folder(images, bundle, out, resume=True, **FAST)
+    assert {r.status for r in again} == {"skipped"}
+
+
+def test_continue_with_other_settings_predicts_again(bundle, images, tmp_path):
+    predict_folder(images, bundle, tmp_path / "out", **FAST)
+    results = predict_folder(images, bundle, tmp_path / "out", resume=True, **{**FAST, "step": 1.0})
+    assert {r.status for r in results} == {"done"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"cases": [{}]}'])
+def test_continue_does_not_trust_a_damaged_report(bundle, images, tmp_path, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "predictions.json").write_text(content)
+    assert {r.status for r in predict_folder(images, bundle, out, resume=True, **FAST)} == {"done"}
+
+
+def test_a_full_disk_stops_all_and_leaves_nothing_half_written(bundle, images, tmp_path, monkeypatch):
+    def full(volume, path):
+        raise ResourceError(f"{path}: the disk is full.") from OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(pipeline, "write", full)
+    with pytest.raises(ResourceError, match="disk is full"):
+        predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
+
+
+def test_stopping_keeps_a_report_of_what_is_done(bundle, images, tmp_path):
+    class Stop(Listener):
+        def cancelled(self):
+            return (tmp_path / "out" / "ann.nii.gz").exists()
+
+    with listening(Stop()), pytest.raises(Cancelled):
+        predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert [row["status"] for row in report(tmp_path / "out")["cases"]] == ["done"]
+    results = predict_folder(images, bundle, tmp_path / "out", resume=True, **FAST)
+    assert [r.status for r in results] == ["skipped", "done", "done"]
+
+
+def test_one_file_goes_to_a_folder_or_to_a_name(bundle, images, tmp_path):
+    source = images / "ann_0000.nii.gz"
+    first = predict_folder(source, bundle, tmp_path / "out", **FAST)
+    second = predict_folder(source, bundle, tmp_path / "masks" / "liver.nrrd", **FAST)
+    assert first[0].output == tmp_path / "out" / "ann.nii.gz"
+    assert second[0].output == tmp_path / "masks" / "liver.nrrd"
+    ours, named = read(first[0].output), read(second[0].output)
+    assert (ours.array == named.array).all() and named.geometry.matches(ours.geometry)
+    assert {p.name for p in (tmp_path / "masks").iterdir()} == {"liver.nrrd", "liver.json"}
+
+
+def test_label_maps_keep_the_format_of_their_images(bundle, tmp_path):
+    write(image(), tmp_path / "images" / "dot.mha")
+    results = predict_folder(tmp_path / "images", bundle, tmp_path / "out", **FAST)
+    assert results[0].output.name == "dot.mha" and results[0].output.exists()
+
+
+def test_an_image_is_never_replaced_by_its_label_map(bundle, tmp_path):
+    write(image(), tmp_path / "images" / "eve.nii.gz")
+    with pytest.raises(ConfigError, match="replace its image"):
+        predict_folder(tmp_path / "images", bundle, tmp_path / "images", **FAST)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(bundle, images, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        predict_folder(images, bundle, tmp_path / "taken", **FAST)
+    with pytest.raises(ConfigError, match="does not write"):
+        predict_folder(images / "ann_0000.nii.gz", bundle, tmp_path / "a.jpg", **FAST)
+
+
+def test_probabilities_are_saved_on_request(bundle, images, tmp_path):
+    predict_folder(images, bundle, tmp_path / "out", save_probabilities=True, **FAST)
+    with np.load(tmp_path / "out" / "ann.npz") as file:
+        probabilities = file["probabilities"]
+    assert probabilities.shape == (3, 9, 11, 13)
+    np.testing.assert_allclose(probabilities.sum(axis=0), 1, atol=1e-5)
+
+
+def test_a_dry_run_lists_the_cases_and_writes_nothing(bundle, images, tmp_path):
+    rows = list_work(images, bundle, tmp_path / "out")
+    assert [(r.case, r.status) for r in rows] == [("ann", "planned"), ("ben", "planned"), ("cid", "planned")]
+    result = run("predict", images, "-m", bundle, "-o", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0 and result.stdout.count("planned") == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_predicts_a_folder_with_one_model_or_several(bundle, images, tmp_path):
+    one = run("predict", images, "-m", bundle, "-o", tmp_path / "a", "--no-mirror", "--threads", 1, "--json")
+    assert one.exit_code == 0, one.output
+    assert [row["status"] for row in json.loads(one.stdout)["cases"]] == ["done"] * 3
+    two = run("predict", images, "-m", bundle, "-m", bundle, "-o", tmp_path / "b", "--no-mirror")
+    assert two.exit_code == 0, two.output
+    assert (read(tmp_path / "a" / "ann.nii.gz").array == read(tmp_path / "b" / "ann.nii.gz").array).all()
+    assert len(report(tmp_path / "b")["provenance"]["models"]) == 2
+
+
+def test_the_command_ends_with_partial_failure_when_a_case_failed(bundle, images, tmp_path):
+    (images / "ben_0000.nii.gz").write_bytes(b"not an image")
+    result = run("predict", images, "-m", bundle, "-o", tmp_path / "out", "--no-mirror", "--json")
+    assert isinstance(result.exception, PartialFailure) and result.exception.exit_code == 3
+    assert "1 of 3 cases failed (ben)" in str(result.exception)
+    assert [row["status"] for row in json.loads(result.stdout)["cases"]] == ["done", "failed", "done"]
+
+
+@pytest.mark.parametrize("kind", ["bundle", "image", "plan"])
+def test_info_says_what_a_path_is(bundle, images, kind):
+    path = {"bundle": bundle, "image": images / "ann_0000.nii.gz", "plan": bundle / "plan.yaml"}[kind]
+    facts = json.loads(run("info", path, "--json").stdout)
+    assert facts["kind"] == kind
+    expected = {"bundle": "3d_fullres", "image": "ALS", "plan": "Dataset901_Tiny"}[kind]
+    assert expected in (facts.get("configuration"), facts.get("axes"), facts.get("dataset"))
+    assert expected in run("info", path).stdout
+
+
+def test_info_on_nothing_is_a_read_error(tmp_path):
+    assert isinstance(run("info", tmp_path / "none").exception, ReadError)
+
+
+def test_options_are_checked_before_anything_is_read(bundle, images, tmp_path):
+    with pytest.raises(ConfigError, match="precision"):
+        predict_folder(images, bundle, tmp_path / "out", options=Options(precision="fp64", device="cpu"))
+    assert not (tmp_path / "out").exists()
