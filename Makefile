@@ -38,8 +38,8 @@ golden: $(READY) ## only the comparisons with outputs of other programs, kept in
 	$(BIN)/python -m pytest -m golden -rs
 
 bench: $(READY) $(PEERS_READY) ## the measurements of the README, side by side with the peers
-	@set -e; for script in tests/benchmarks/bench_*.py; do \
-		echo "== $$script"; $(BIN)/python $$script; \
+	@set -e; for script in tests/benchmarks/*.py; do \
+		echo "== $$script"; $(BIN)/python $$script --peers $(PEERS)/bin/python --data ../shared/data; \
 	done
 
 peers: $(PEERS_READY) ## make .venv-peers with the programs that we compare with, never a dependency
