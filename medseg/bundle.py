@@ -212,6 +212,8 @@ def save_bundle(
     """
     path = Path(path)
     plan.configuration(configuration)
+    if odd := [name for name in weights if not re.fullmatch(r"[\w-]+", name)]:
+        raise BundleError(f"{path}: fold {odd[0]!r} is no name for a file. Use letters, digits, _ and -.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         existing = load_bundle(path) if path.exists() else None

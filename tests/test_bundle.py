@@ -283,3 +283,8 @@ def test_a_fold_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     save(tmp_path / "bundle", folds=("0", "all"))
     with pytest.raises(BundleError, match="0, all"):
         load_bundle(tmp_path / "bundle").state_dict("3")
+
+
+def test_a_fold_name_that_is_a_path_is_refused(tmp_path):
+    with pytest.raises(BundleError, match="no name"):
+        save(tmp_path / "bundle", folds=("../x",))
