@@ -140,7 +140,8 @@ def predict_folder(
     Raises
     ------
     MedsegError
-        Nothing can be predicted at all: no image, no usable bundle, no space on the disk.
+        Nothing can be predicted at all: no image, no usable bundle, no space on the disk, or the one
+        file is bad.
     """
     predictor = _predictor(bundles, options, changes)
     run = _Run(predictor, Path(source), Path(output), save_probabilities, read_timeout)
@@ -209,6 +210,8 @@ class _Run:
             result = self.predictor.segment_prepared(ready.volume, ready.prepared, maps)
             write(result.volume, target)
         except Exception as error:  # one bad case, whatever its fault, must not stop the others
+            if isinstance(error, MedsegError) and not self.source.is_dir():
+                raise  # there are no others
             reason = _reason(case, error)
             log.logger.debug("%s", "".join(traceback.format_exception(error)))
             log.logger.warning("%s", reason)
@@ -237,7 +240,7 @@ class _Run:
 
     def write_report(self, at_once: bool = True) -> None:
         """Bring ``predictions.json`` up to date."""
-        if not at_once and time.monotonic() - self.written < REPORT_SECONDS:
+        if not self.results or (not at_once and time.monotonic() - self.written < REPORT_SECONDS):
             return
         report = {
             "input": str(self.source),

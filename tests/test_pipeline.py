@@ -183,7 +183,14 @@ def test_a_full_disk_stops_all_and_leaves_nothing_half_written(bundle, images, t
     monkeypatch.setattr(pipeline, "write", full)
     with pytest.raises(ResourceError, match="disk is full"):
         predict_folder(images, bundle, tmp_path / "out", **FAST)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_one_file_that_is_bad_is_its_own_error_and_leaves_nothing(bundle, images, tmp_path):
+    (images / "ben_0000.nii.gz").write_bytes(b"not an image")
+    result = run("predict", images / "ben_0000.nii.gz", "-m", bundle, "-o", tmp_path / "out", "--no-mirror")
+    assert isinstance(result.exception, ReadError) and result.exception.exit_code == 4
+    assert not (tmp_path / "out").exists()
 
 
 def test_stopping_keeps_a_report_of_what_is_done(bundle, images, tmp_path):
