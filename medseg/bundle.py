@@ -173,6 +173,8 @@ def load_bundle(path: PathLike) -> Bundle:
     if path.is_dir() and not (path / "bundle.yaml").exists() and (path / "bundle").is_dir():
         path = path / "bundle"
     if path.is_dir():
+        if not (path / "bundle.yaml").exists():  # do not walk through whatever this is
+            raise BundleError(f"{path}: no bundle.yaml, so this is not a bundle. Check the path.")
         return _open(_Folder(path), path)
     if not path.exists():
         raise BundleError(
