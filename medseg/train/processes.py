@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from medseg.errors import ConfigError
+from medseg.infer import cpu_has_bf16
 from medseg.train.config import TrainConfig
 
 
@@ -60,10 +61,3 @@ def _precision(wanted: str, accelerator: str) -> Any:
         else:
             wanted = "bf16" if accelerator == "cpu" and cpu_has_bf16() else "fp32"
     return {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[wanted]
-
-
-def cpu_has_bf16() -> bool:
-    """Return whether the processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
-    flags = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return bool(flags or tiles)

@@ -87,7 +87,7 @@ def test_killed_at_a_random_step_and_resumed_it_ends_with_the_same_weights(
     dataset: Path, plan: Plan, tmp_path: Path
 ) -> None:
     plan.save(tmp_path / "plan.yaml")
-    longer = ["epochs=40", "checkpoint_seconds=0.2"]
+    longer = ["epochs=100", "checkpoint_seconds=0.2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     subprocess.run(command(dataset, whole, tmp_path / "plan.yaml", *longer), check=True, capture_output=True)
     process = subprocess.Popen(
@@ -248,7 +248,7 @@ def test_every_network_trains(dataset: Path, plan: Plan, tmp_path: Path, network
     settings = plan.configuration("3d_fullres")
     base = settings.architecture.to_dict()
     architecture = Architecture.from_dict({**base, **wide, "network": network})
-    patch = (32, 32, 32) if network == "swin-unetr" else settings.patch_size
+    patch = (64, 32, 32) if network == "swin-unetr" else settings.patch_size
     changed = settings.replace(architecture=architecture.to_dict(), patch_size=patch)
     own = plan.replace(configurations={"3d_fullres": changed.to_dict()})
     overrides = [*QUICK, "epochs=1", "steps_per_epoch=1", "loss.deep_supervision=true"]
