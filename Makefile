@@ -4,6 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
+RESULTS := tests/benchmarks/results
+DATA ?= ../shared/data
 PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
@@ -38,8 +40,9 @@ golden: $(READY) ## only the comparisons with outputs of other programs, kept in
 	$(BIN)/python -m pytest -m golden -rs
 
 bench: $(READY) $(PEERS_READY) ## the measurements of the README, side by side with the peers
-	@set -e; for script in tests/benchmarks/*.py; do \
-		echo "== $$script"; $(BIN)/python $$script --peers $(PEERS)/bin/python --data ../shared/data; \
+	@set -e; mkdir -p $(RESULTS); for script in tests/benchmarks/*_vs_*.py; do \
+		echo "== $$script"; \
+		$(BIN)/python $$script --peers $(PEERS)/bin/python --data $(DATA) --out $(RESULTS)/$$(basename $$script .py).json; \
 	done
 
 peers: $(PEERS_READY) ## make .venv-peers with the programs that we compare with, never a dependency
