@@ -119,7 +119,7 @@ class TrainConfig(Config):
     oversample_foreground : share of each batch that is centred on a labelled voxel
     ema_decay : decay of the averaged weights that are validated and kept; 0 switches it off
     precision : auto is fp16 on CUDA, and on a CPU bf16 where the processor has it
-    compile : auto compiles on CUDA only; on two CPU cores it never paid back its start-up
+    compile : auto compiles on CUDA only; on a CPU it did not pay (DECISIONS.md, 14)
     patience_epochs : stop when the best score is this old; 0 never stops early
     checkpoint_seconds : time between checkpoints (also one at every epoch's end)
     final_mirroring : average over mirrored copies in the final validation (and by default at prediction)
