@@ -1,6 +1,7 @@
 """The command line: one file a verb; this one lists them and turns errors into exit codes."""
 
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -45,6 +46,9 @@ for verb in (check, plan, train, stop, predict, evaluate, select, demo, info, cl
 
 def main() -> None:
     """Run ``medseg``: one sentence on stderr and the exit code of `medseg.errors` when something fails."""
+    # Waiting threads sleep instead of spinning: beside other work, a step of training took 0.6 CPU-seconds
+    # instead of 1.1 to 1.7 (DECISIONS.md, 19). The OpenMP runtime reads this once, when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     listener = TerminalListener()
     listener.watch_interrupt()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

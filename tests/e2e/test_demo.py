@@ -46,10 +46,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stopped_demo_goes_on_and_shows_its_result(folder: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(Cancelled), listening(StopInTraining()):
-        module.demo(folder, minutes=2.0)
+        module.demo(folder)
     assert not (folder / "report.html").exists()
     capsys.readouterr()
-    module.demo(folder, minutes=2.0, json=True)
+    module.demo(folder, json=True)
     result = json.loads(capsys.readouterr().out)
     assert "phantoms" not in result["steps"]
     assert set(result["dice"]) == {"liver", "spleen", "kidneys", "lesion"}
@@ -68,7 +68,7 @@ def test_the_report_holds_pictures_of_every_unseen_patient(folder: Path) -> None
 
 def test_a_second_demo_trains_nothing_and_finds_the_same(folder: Path, capsys: pytest.CaptureFixture) -> None:
     before = json.loads((folder / "result.json").read_text())
-    module.demo(folder, minutes=2.0)
+    module.demo(folder)
     after = json.loads((folder / "result.json").read_text())
     assert "train" not in after["steps"]
     assert after["dice"] == before["dice"]
