@@ -12,6 +12,7 @@
     │   └── PlanError                 a plan does not fit its data or its network
     ├── BundleError (ValueError)      a trained model is missing, damaged, or refused
     ├── ResourceError (RuntimeError)  memory, disk or a device ran out
+    ├── OutputError (OSError)         a result cannot be written where it should go
     ├── TrainingError (RuntimeError)  training cannot go on (NaN loss, nothing to train on)
     ├── PartialFailure (RuntimeError) some cases of a batch failed, the others are done
     └── Cancelled (RuntimeError)      the user asked to stop
@@ -74,6 +75,12 @@ class ResourceError(MedsegError, RuntimeError):
 
     exit_code = 7
     http_status = 507
+
+
+class OutputError(MedsegError, OSError):
+    """A result cannot be written where it should go."""
+
+    exit_code = 9
 
 
 class TrainingError(MedsegError, RuntimeError):

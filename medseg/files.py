@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from medseg.errors import ResourceError
+from medseg.errors import MedsegError, OutputError, ResourceError
 from medseg.types import PathLike
 
 DISK_FULL = "the disk is full. Free some space and run the same command again."
+_ELSEWHERE = "Check the path and its permissions, or choose another output."
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -21,6 +22,33 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     return any(f"os error {code}" in str(error) or os.strerror(code) in str(error) for code in _FULL)
+
+
+def check_writable(path: PathLike, folder: bool = False) -> None:
+    """Refuse an output that could not be written, before any work is done for it.
+
+    Parameters
+    ----------
+    path : of the output
+    folder : whether it is a folder; else it is a file
+
+    Raises
+    ------
+    OutputError
+        It exists as the other kind, or the first folder above it that exists takes no files.
+    ResourceError
+        The disk is full.
+    """
+    path = Path(path)
+    with _said(path, path, *path.parents):
+        _check_kind(path, folder)
+        nearest = path.absolute() if folder else path.absolute().parent
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise OutputError(f"{path}: cannot be written, since {nearest} is a file. {_ELSEWHERE}")
+        with tempfile.NamedTemporaryFile(dir=nearest, prefix=".medseg-"):
+            pass
 
 
 @contextmanager
@@ -34,17 +62,16 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     ------
     ResourceError
         The disk is full.
+    OutputError
+        The file cannot be written there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path, folder=False)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except Exception as error:
-        if is_disk_full(error):
-            raise ResourceError(f"{path}: {DISK_FULL}") from error
-        raise
+        with _said(path, temporary):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -53,22 +80,55 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
 def atomic_folder(path: PathLike) -> Iterator[Path]:
     """Like :func:`atomic_path` for a folder; an existing folder at `path` is replaced."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)
+    _make_parent(path, folder=True)
+    with _said(path, path.parent):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield temporary
-        old = temporary.with_name(temporary.name + ".old")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+        with _said(path, temporary):
+            temporary.chmod(0o755)
+            yield temporary
+            old = temporary.with_name(temporary.name + ".old")
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_parent(path: Path, folder: bool) -> None:
+    with _said(path, path, *path.parents):
+        _check_kind(path, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _check_kind(path: Path, folder: bool) -> None:
+    if folder and path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: is a file; expected a folder for the results. {_ELSEWHERE}")
+    if not folder and path.is_dir():
+        raise OutputError(f"{path}: is a folder; expected the name of a file. {_ELSEWHERE}")
+
+
+@contextmanager
+def _said(path: Path, *roots: Path) -> Iterator[None]:
+    """Turn what the system says about `roots` (or below them) into a sentence about `path`."""
+    try:
+        yield
     except Exception as error:
         if is_disk_full(error):
             raise ResourceError(f"{path}: {DISK_FULL}") from error
+        if isinstance(error, OSError) and not isinstance(error, MedsegError) and _is_about(error, roots):
+            reason = error.strerror or type(error).__name__
+            raise OutputError(f"{path}: cannot be written ({reason}). {_ELSEWHERE}") from error
         raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_about(error: OSError, roots: tuple[Path, ...]) -> bool:
+    """Return whether the error is one of the output: a block may also fail to read its input."""
+    if not isinstance(error.filename, str | Path):
+        return False
+    named = Path(error.filename).absolute()
+    return any(root.absolute() in (named, *named.parents) for root in roots)
 
 
 def write_text(path: PathLike, text: str) -> None:

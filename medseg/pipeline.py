@@ -15,8 +15,8 @@ import numpy as np
 
 from medseg import log
 from medseg.bundle import Bundle, load_bundle
-from medseg.errors import Cancelled, ConfigError, MedsegError, ReadError, ResourceError
-from medseg.files import is_disk_full, sha256_file, write_text
+from medseg.errors import Cancelled, ConfigError, DataError, MedsegError, ReadError, ResourceError
+from medseg.files import check_writable, is_disk_full, sha256_file, write_text
 from medseg.io.dataset import Case, list_cases, read_image
 from medseg.io.formats import WRITERS, stem_of, suffix_of, write
 from medseg.segmentation import Segmentation
@@ -86,8 +86,9 @@ def segment(
 
     Parameters
     ----------
-    image : path, one path a channel in a list, Volume, or (array, affine) with the array as (i, j, k) or
-        (channel, i, j, k) and the affine to RAS+ mm
+    image : path, list of paths, Volume, or (array, affine) with the array as (i, j, k) or
+        (channel, i, j, k) and the affine to RAS+ mm. A list holds the channels of one case, in the order of
+        the model's, not several cases: for these, call it with a `Predictor`, or use `predict_folder`
     bundles : path of a bundle, Bundle, several of either (their probabilities are averaged), or a
         `Predictor`, which keeps the loaded networks for the next call
     probabilities : ``.npz`` file to write class probabilities to
@@ -206,12 +207,11 @@ class _Run:
             ready = loaded()
             began = time.monotonic()
             maps = target.with_name(f"{stem_of(target)}.npz") if self.probabilities else None
-            target.parent.mkdir(parents=True, exist_ok=True)
             result = self.predictor.segment_prepared(ready.volume, ready.prepared, maps)
             write(result.volume, target)
         except Exception as error:  # one bad case, whatever its fault, must not stop the others
             if isinstance(error, MedsegError) and not self.source.is_dir():
-                raise  # there are no others
+                raise type(error)(_reason(case, error)) from error  # there are no others
             reason = _reason(case, error)
             log.logger.debug("%s", "".join(traceback.format_exception(error)))
             log.logger.warning("%s", reason)
@@ -271,6 +271,8 @@ def _to_volume(image: Image, channels: int) -> Volume:
         array, affine = np.asarray(image[0]), image[1]
         return Volume(array, Geometry(cast(tuple[int, int, int], array.shape[-3:]), affine))
     if isinstance(image, list):
+        if not image:
+            raise DataError("the list of images is empty. Pass one file for each channel of the case.")
         paths = tuple(Path(path) for path in image)
         return read_image(Case(stem_of(paths[0]), paths, None, stem_of(paths[0])))
     cases = list_cases(image, channels)
@@ -285,14 +287,20 @@ def _targets(cases: Sequence[Case], source: PathLike, output: PathLike) -> Itera
     Raises
     ------
     ConfigError
-        A result would replace an image, or the output cannot be what it should be.
+        A result would replace an image or lie among them, or medseg does not write its format.
+    OutputError
+        The output cannot be written.
     """
     source, output = Path(source), Path(output)
     named = not source.is_dir() and suffix_of(output) != ""
-    if output.is_file() and not named:
-        raise ConfigError(f"{output}: is a file; expected a folder for the label maps.")
+    if source.is_dir() and output.exists() and output.samefile(source):
+        raise ConfigError(
+            f"{output}: is the folder of the images, so label maps would lie among them and could replace "
+            "them. Choose another output folder."
+        )
     if named and suffix_of(output) not in WRITERS:
         raise ConfigError(f"{output}: medseg does not write this format. Use one of {' '.join(WRITERS)}.")
+    check_writable(output, folder=not named)
     for case in cases:
         ending = suffix_of(case.images[0]) if case.images else ""
         ending = ending if ending in WRITERS else DEFAULT_ENDING
@@ -357,6 +365,8 @@ def _reason(case: Case, error: Exception) -> str:
     if isinstance(error, MedsegError):
         text = str(error)
         return text if case.name in text else f"{case.name}: {text}"
+    if isinstance(error, OSError):
+        return f"{case.name}: {error.filename or 'a file'}: {error.strerror or error}. Check its permissions."
     return f"{case.name}: {type(error).__name__}: {error}. Run `medseg check` on the folder."
 
 

@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from medseg.errors import ResourceError
-from medseg.files import atomic_folder, atomic_path, is_disk_full, sha256_file, write_text
+from medseg.errors import OutputError, ResourceError
+from medseg.files import (
+    atomic_folder,
+    atomic_path,
+    check_writable,
+    is_disk_full,
+    sha256_file,
+    write_text,
+)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -38,6 +45,44 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_folder(target) as temporary:
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize(
+    "where", ["file/a.txt", "file/deep/a.txt", "folder", "/proc/medseg/a.txt", "a" * 300]
+)
+def test_a_file_that_cannot_be_written_is_one_sentence_before_and_after(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="choose another output") as before:
+        check_writable(tmp_path / where)
+    with pytest.raises(OutputError, match="choose another output"):
+        write_text(tmp_path / where, "text")
+    assert before.value.exit_code == 9 and str(tmp_path / where) in str(before.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("where", ["file", "file/a", "/proc/a"])
+def test_a_folder_that_cannot_be_written_is_one_sentence_before_and_after(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="choose another output"):
+        check_writable(tmp_path / where, folder=True)
+    with pytest.raises(OutputError, match="choose another output"), atomic_folder(tmp_path / where):
+        pass
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "new/a.txt", str(tmp_path / "new" / "deep" / "a.txt")):
+        check_writable(name)
+        check_writable(name, folder=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_input_that_is_missing_is_not_said_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a"):
+        (tmp_path / "input").read_text()
 
 
 def test_a_full_disk_is_one_sentence_whoever_says_so(tmp_path: Path) -> None:

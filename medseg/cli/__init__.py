@@ -62,14 +62,17 @@ def main() -> None:
         sys.stderr.write("Stopped. Run the same command again to continue.\n")
         sys.exit(130)
     except (MemoryError, OSError) as error:
-        if isinstance(error, OSError) and not is_disk_full(error):
-            raise
-        reason = (
-            DISK_FULL
-            if isinstance(error, OSError)
-            else "memory ran out. Close other programs, or split the work."
-        )
-        sys.exit(_report(ResourceError(reason)))
+        sys.exit(_report(_said(error)))
+
+
+def _said(error: MemoryError | OSError) -> MedsegError:
+    """Return what the system refused as one of medseg's own errors."""
+    if isinstance(error, MemoryError):
+        return ResourceError("memory ran out. Close other programs, or split the work.")
+    if is_disk_full(error):
+        return ResourceError(DISK_FULL)
+    where = f"{error.filename}: " if error.filename else ""
+    return MedsegError(f"{where}{error.strerror or error}. Check the path and its permissions.")
 
 
 def _report(error: MedsegError) -> int:

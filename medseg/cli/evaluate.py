@@ -31,7 +31,11 @@ def evaluate(
     """
     from medseg import metrics
     from medseg.errors import PartialFailure
+    from medseg.files import check_writable
 
+    for path in (json, html, csv):
+        if path is not None and path != Path("-"):
+            check_writable(path)
     result = metrics.evaluate(predictions, references, nsd_mm, _labels(labels), seed=seed)
     if json == Path("-"):
         typer.echo(metrics.dump_json(result), nl=False)

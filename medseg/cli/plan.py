@@ -60,11 +60,15 @@ def plan(
 ) -> None:
     """Look at DATASET and decide everything about training on it."""
     from medseg.errors import ConfigError
+    from medseg.files import check_writable
 
     if to not in (None, "nnunet"):
         raise ConfigError(f"--to {to}: expected nnunet.")
     if out is None and not (dry_run or explain or json):
         raise ConfigError("--out: say where to write the plan, or use --dry-run, --explain or --json.")
+    for path in (out, save_fingerprint):
+        if path is not None and not dry_run:
+            check_writable(path)
     changes = list(overrides or ())
     if dataset is not None and fingerprint is not None and "=" in str(dataset):
         changes.insert(0, str(dataset))  # no dataset was named, so the first override took its place
@@ -152,10 +156,7 @@ def _make(seen: "Fingerprint", info: Any, preset: str | None, options: "PlanOpti
 
 
 def _change(made: "Plan", overrides: list[str]) -> "Plan":
-    from medseg.config import override
-    from medseg.plan.schema import Plan
-
-    return Plan.from_dict(override(made.to_dict(), overrides), "plan") if overrides else made
+    return made.with_overrides(overrides, "plan") if overrides else made
 
 
 def _save(

@@ -175,6 +175,7 @@ def test_a_broken_dataset_is_refused_with_nothing_written(walk: Walk, tmp_path: 
         (("plan", "nowhere", "-o", "plan.yaml"), 4),
         (("info", "nowhere"), 4),
         (("evaluate", "nowhere", "neither"), 4),
+        (("plan", "nowhere", "-o", "/proc/x/plan.yaml"), 9),
         (("predict", "nowhere", "-m", "no-bundle", "-o", "out"), 6),
         (("train",), 2),
         (("no-such-verb",), 2),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from medseg.errors import DatasetError, PartialFailure
+from medseg.errors import DatasetError, OutputError, PartialFailure
 from medseg.io import write
 from tests.metrics.test_evaluation import label_map
 
@@ -67,3 +67,25 @@ def test_no_match_is_exit_code_four(folders, tmp_path):
     result = run(folders[0], str(tmp_path / "other"))
     assert isinstance(result.exception, DatasetError)
     assert result.exception.exit_code == 4
+
+
+@pytest.mark.parametrize("option", ["--json", "--html", "--csv"])
+@pytest.mark.parametrize("where", ["file/x", "folder"])
+def test_an_output_that_cannot_be_written_is_refused_before_measuring(
+    folders, tmp_path, option, where, monkeypatch
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("medseg.metrics.evaluate", None)
+    error = run(*folders, option, str(tmp_path / where)).exception
+    assert isinstance(error, OutputError) and str(tmp_path / where) in str(error)
+
+
+def test_an_error_of_the_system_is_one_sentence():
+    from medseg.cli import _said
+
+    assert str(_said(FileNotFoundError(2, "No such file or directory", "a/b"))) == (
+        "a/b: No such file or directory. Check the path and its permissions."
+    )
+    assert _said(OSError(28, "No space left on device")).exit_code == 7
+    assert _said(MemoryError()).exit_code == 7
