@@ -14,7 +14,16 @@ from medseg import pipeline
 from medseg.bundle import save_bundle
 from medseg.cli.info import info
 from medseg.cli.predict import predict
-from medseg.errors import Cancelled, ConfigError, PartialFailure, PlanError, ReadError, ResourceError
+from medseg.errors import (
+    Cancelled,
+    ConfigError,
+    DataError,
+    OutputError,
+    PartialFailure,
+    PlanError,
+    ReadError,
+    ResourceError,
+)
 from medseg.infer import Options, Predictor
 from medseg.io import read, write
 from medseg.log import Listener, listening
@@ -183,7 +192,7 @@ def test_a_full_disk_stops_all_and_leaves_nothing_half_written(bundle, images, t
     monkeypatch.setattr(pipeline, "write", full)
     with pytest.raises(ResourceError, match="disk is full"):
         predict_folder(images, bundle, tmp_path / "out", **FAST)
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_one_file_that_is_bad_is_its_own_error_and_leaves_nothing(bundle, images, tmp_path):
@@ -225,13 +234,53 @@ def test_label_maps_keep_the_format_of_their_images(bundle, tmp_path):
 def test_an_image_is_never_replaced_by_its_label_map(bundle, tmp_path):
     write(image(), tmp_path / "images" / "eve.nii.gz")
     with pytest.raises(ConfigError, match="replace its image"):
-        predict_folder(tmp_path / "images", bundle, tmp_path / "images", **FAST)
+        predict_folder(tmp_path / "images" / "eve.nii.gz", bundle, tmp_path / "images", **FAST)
+
+
+def test_label_maps_never_lie_among_the_images(bundle, images):
+    before = set(images.iterdir())
+    with pytest.raises(ConfigError, match="is the folder of the images"):
+        predict_folder(images, bundle, images / ".." / "images", **FAST)
+    assert set(images.iterdir()) == before
+
+
+def test_a_case_with_more_channels_than_the_model_takes_is_a_row(bundle, images, tmp_path):
+    write(image(seed=5), images / "ben_0001.nii.gz")
+    results = predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert [(r.case, r.status) for r in results] == [("ann", "done"), ("ben", "failed"), ("cid", "done")]
+    assert "ben: image has 2 channels" in results[1].error and "expects 1 (MR)" in results[1].error
+    assert not list((tmp_path / "out").glob("ben*"))
+
+
+def test_numbered_cases_are_not_taken_for_channels(bundle, tmp_path):
+    for number in (1, 2):
+        write(image(seed=number), tmp_path / "images" / f"case_{number:04d}.nii.gz")
+    results = predict_folder(tmp_path / "images", bundle, tmp_path / "out", **FAST)
+    assert [(r.case, r.status) for r in results] == [("case_0001", "done"), ("case_0002", "done")]
+
+
+def test_voxels_that_are_not_finite_are_said_and_counted(bundle, images, tmp_path):
+    bad = image(seed=1)
+    array = bad.array.copy()
+    array[0, 0, 0, :2] = np.nan, np.inf
+    write(bad.with_array(array), images / "ben_0000.nii.gz")
+    results = predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert [r.status for r in results] == ["done", "failed", "done"]
+    assert "ben: image holds 2 NaN or infinite voxels. Repair" in results[1].error
+    with pytest.raises(DataError, match="ben: image holds 2 NaN"):
+        predict_folder(images / "ben_0000.nii.gz", bundle, tmp_path / "one", **FAST)
+
+
+def test_no_image_at_all_is_said(bundle):
+    with pytest.raises(DataError, match="list of images is empty"):
+        segment([], bundle, **FAST)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(bundle, images, tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
-        predict_folder(images, bundle, tmp_path / "taken", **FAST)
+    for place in (tmp_path / "taken", tmp_path / "taken" / "out"):
+        with pytest.raises(OutputError, match="is a file"):
+            predict_folder(images, bundle, place, **FAST)
     with pytest.raises(ConfigError, match="does not write"):
         predict_folder(images / "ann_0000.nii.gz", bundle, tmp_path / "a.jpg", **FAST)
 

@@ -126,8 +126,8 @@ def list_cases(folder_or_file: PathLike, channels: int) -> tuple[Case, ...]:
     Parameters
     ----------
     channels : int
-        How many channels the model takes. A missing file of a case is listed all the same, so that
-        reading this case fails and the others go on.
+        How many channels the model takes. A missing file of a case is listed all the same, and so is one
+        too many (``CASE_0001`` for a model of one channel), so that this case fails and the others go on.
 
     Raises
     ------
@@ -213,15 +213,24 @@ def _list_folder(folder: Path, channels: int) -> tuple[Case, ...]:
         raise DatasetError(
             f"{folder}: holds no image. Expected files such as CASE_0000.nii.gz (or NRRD, MHA, TIFF, PNG)."
         )
-    cases = [_case(stem_of(file).removesuffix("_0000"), [file], 1) for file in files]
+    groups = group_channels(files)
     if channels > 1:
-        groups = group_channels(files)
         present = files_per_case(groups, channels)
         cases = [_case(name, groups[name], present) for name in sorted(groups)]
+    else:
+        cases = [case for name in sorted(groups) for case in _single_channels(name, groups[name])]
     double = [name for name, count in Counter(case.name for case in cases).items() if count > 1]
     if double:
         raise DatasetError(f"{folder}: two images are of case {double[0]}. Keep one file a case.")
     return tuple(cases)
+
+
+def _single_channels(name: str, files: list[Path]) -> list[Case]:
+    """Return one case a file; but all files of one case where they are the channels of it."""
+    stems = {stem_of(file) for file in files}
+    if {f"{name}_0000", f"{name}_0001"} <= stems:  # more than the model takes: refused when it is read
+        return [_case(name, files, 1)]
+    return [_case(stem_of(file).removesuffix("_0000"), [file], 1) for file in files]
 
 
 def _list_file(path: Path, channels: int) -> Case:
@@ -239,7 +248,8 @@ def _case(name: str, files: list[Path], channels: int) -> Case:
     first = files[0]
     if channels > 1 and stem_of(first) != name:
         ending = first.name[len(stem_of(first)) :]
-        files = [first.with_name(f"{name}_{channel:04d}{ending}") for channel in range(channels)]
+        wanted = [first.with_name(f"{name}_{channel:04d}{ending}") for channel in range(channels)]
+        files = [*wanted, *(file for file in files if file not in wanted)]
     return Case(name, tuple(files), None, name)
 
 

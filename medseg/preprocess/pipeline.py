@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from medseg.errors import GeometryError, PlanError
+from medseg.errors import DataError, GeometryError, PlanError
 from medseg.geometry.crop import crop_to_nonzero
 from medseg.geometry.resample import resample, resample_labels, separate_axis, target_shape
 from medseg.plan.schema import Configuration, Plan
@@ -54,6 +54,8 @@ def preprocess(image: Volume, plan: Plan, configuration: str, label: Volume | No
     ------
     PlanError
         The number of channels is not the plan's, or the plan has no such configuration.
+    DataError
+        The image holds NaN or infinity.
     GeometryError
         The label map is not on the grid of the image.
     """
@@ -105,6 +107,9 @@ def _check(image: Volume, plan: Plan, label: Volume | None) -> None:
             f"image has {image.channels} channels, the plan of {plan.dataset_name} expects "
             f"{len(plan.channels)} ({', '.join(plan.channels)}). Give one file for each, in this order."
         )
+    odd = sum(int(channel.size - np.isfinite(channel).sum()) for channel in image.array)
+    if odd:
+        raise DataError(f"image holds {odd} NaN or infinite voxels. Repair or re-export the image.")
     if label is not None and label.shape != image.shape:
         raise GeometryError(
             f"label map {label.shape} and image {image.shape} differ in size. "
