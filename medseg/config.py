@@ -2,22 +2,31 @@
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from medseg.errors import ConfigError
+from medseg.errors import ConfigError, ReadError
 from medseg.files import write_text
 from medseg.types import PathLike
+
+# A fingerprint of 10,000 cases has 2 MB; what is larger than this is not a file of settings.
+LARGEST_FILE = 64 * 2**20
+# How much of a wrong value, and how many wrong values, an error shows.
+SHOWN_CHARACTERS = 60
+SHOWN_PROBLEMS = 3
 
 
 class Config(BaseModel):
     """Base of all settings: immutable, and an unknown key is an error that names the nearest known one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    error: ClassVar[type[ConfigError]] = ConfigError
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "") -> Self:
@@ -26,13 +35,12 @@ class Config(BaseModel):
         Raises
         ------
         ConfigError
-            A key is unknown or a value is wrong; the message names all of them.
+            A key is unknown or a value is wrong; the message names the first few.
         """
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            name = where or cls.__name__
-            raise ConfigError(f"{name}: {_explain(error, cls)}") from error
+            raise cls.error(_explain(error, cls, where or cls.__name__)) from error
 
     @classmethod
     def load(cls, path: PathLike, overrides: Sequence[str] = ()) -> Self:
@@ -53,24 +61,51 @@ class Config(BaseModel):
         """Return a validated copy with some fields changed."""
         return self.from_dict({**self.to_dict(), **changes})
 
+    def with_overrides(self, overrides: Sequence[str], where: str = "") -> Self:
+        """Return a validated copy with dotted overrides applied; a group that does not exist is an error."""
+        values = self.to_dict()
+        for text in overrides:
+            _check_groups(values, text)
+        return self.from_dict(override(values, overrides), where)
+
 
 def read_mapping(path: PathLike) -> dict[str, Any]:
     """Read a YAML or JSON file whose top level is a mapping.
 
     Raises
     ------
+    ReadError
+        The file is missing, unreadable, or far too large.
     ConfigError
-        The file is missing, does not parse, or holds something else.
+        It does not parse, has YAML anchors, or holds something else.
+    """
+    return parse_mapping(read_text(path), str(path))
+
+
+def read_text(path: PathLike) -> str:
+    """Read a small UTF-8 text file from outside, such as settings.
+
+    Raises
+    ------
+    ReadError
+        The file is missing, unreadable, not text, or larger than 64 MB.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.is_dir():
+            raise ReadError(f"{path}: is a folder; expected a file. Give the path of a file.")
+        if path.stat().st_size > LARGEST_FILE:
+            limit = LARGEST_FILE // 2**20
+            raise ReadError(f"{path}: is larger than {limit} MB, so it holds no settings. Check the path.")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file. Check the path.") from error
-    except (UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not readable as YAML or JSON ({reason}). Mend the file.") from error
-    return parse_mapping(text, str(path))
+        raise ReadError(f"{path}: no such file. Check the path.") from error
+    except PermissionError as error:
+        raise ReadError(f"{path}: may not be read. Change its permissions.") from error
+    except UnicodeDecodeError as error:
+        raise ReadError(f"{path}: is not UTF-8 text. Check that it is the right file.") from error
+    except OSError as error:
+        raise ReadError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
 
 
 def parse_mapping(text: str, where: str) -> dict[str, Any]:
@@ -79,15 +114,20 @@ def parse_mapping(text: str, where: str) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        The text does not parse, or holds something else.
+        The text does not parse, has YAML anchors, or holds something else.
     """
     try:
         data = _parse(text)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+    except RecursionError as error:
+        raise ConfigError(f"{where}: is nested too deeply. Mend the file.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        reason = _short(" ".join(str(error).split()), 3 * SHOWN_CHARACTERS)
         raise ConfigError(f"{where}: not readable as YAML or JSON ({reason}). Mend the file.") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected a mapping at the top level, found {type(data).__name__}.")
+        raise ConfigError(
+            f"{where}: expected a mapping at the top level, found {type(data).__name__}. "
+            "Check that it is the right file."
+        )
     return data
 
 
@@ -98,7 +138,18 @@ def _parse(text: str) -> Any:
             return json.loads(text)
         except ValueError:
             pass  # YAML in flow style, or broken: the YAML parser says where
+    _refuse_anchors(text)
     return yaml.load(text, Loader=_FastSafeLoader)
+
+
+def _refuse_anchors(text: str) -> None:
+    """Refuse ``&name``: ten lines of aliases to aliases stand for more than any memory holds."""
+    if "&" not in text:
+        return
+    for event in yaml.parse(text, Loader=_FastSafeLoader):
+        anchor = getattr(event, "anchor", None)
+        if anchor is not None:
+            raise ValueError(f"YAML anchors and aliases such as &{_short(anchor)} are not accepted")
 
 
 def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -118,8 +169,27 @@ def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"override {text!r}: {parent!r} is a value, not a group of settings.")
-        node[last] = yaml.safe_load(value)
+        node[last] = _parse_value(text, value)
     return dict(result)
+
+
+def _parse_value(text: str, value: str) -> Any:
+    try:
+        _refuse_anchors(value)
+        return yaml.load(value, Loader=_FastSafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"override {_short(text)!r}: its value is not valid YAML. Mend it.") from error
+
+
+def _check_groups(values: Mapping[str, Any], text: str) -> None:
+    """Refuse an override whose groups do not all exist in complete `values`."""
+    node: Any = values
+    for group in text.partition("=")[0].split(".")[:-1]:
+        if not isinstance(node, Mapping):
+            return  # `override` says that this is a value
+        if group not in node:
+            raise ConfigError(f"override {text!r}: there is no {group!r}; {_nearest(group, list(node))}")
+        node = node[group]
 
 
 def dump_yaml(data: Any) -> str:
@@ -137,26 +207,76 @@ class _ReadableDumper(yaml.SafeDumper):
         plain = all(not isinstance(item, dict) for item in sequence)
         return super().represent_sequence(tag, sequence, flow_style=plain)
 
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    return "; ".join(_explain_one(item, model) for item in error.errors())
+
+def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    items = error.errors()
+    missing = [str(item["loc"][0]) for item in items if item["type"] == "missing" and len(item["loc"]) == 1]
+    strange = any(item["type"] == "extra_forbidden" and len(item["loc"]) == 1 for item in items)
+    if strange and len(missing) > 1:  # another file altogether: its other keys are of no interest
+        return f"{where} is not {_noun(model)}: {_and_more(missing, ', ')} missing. Check the path."
+    return f"{where}: {_and_more([_explain_one(item, model) for item in items], '; ')}"
+
+
+def _and_more(texts: Sequence[str], separator: str) -> str:
+    """Join the first few and count the rest; lists of names get their verb."""
+    shown, rest = separator.join(texts[:SHOWN_PROBLEMS]), len(texts) - SHOWN_PROBLEMS
+    joined = f"{shown} and {rest} more" if rest > 0 else shown
+    return f"{joined} are" if separator == ", " else joined
+
+
+def _noun(model: type[BaseModel]) -> str:
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", model.__name__).lower()
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def _explain_one(item: Any, model: type[BaseModel]) -> str:
-    dotted = ".".join(str(part) for part in item["loc"])
-    if item["type"] != "extra_forbidden":
-        return f"{dotted}: {item['msg']} (got {item['input']!r})" if dotted else str(item["msg"])
-    known = list(_fields_at(model, item["loc"][:-1]))
-    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    return f"unknown key {dotted!r}; {hint}"
+    dotted = _short(".".join(str(part) for part in item["loc"]), 2 * SHOWN_CHARACTERS)
+    if item["type"] == "extra_forbidden":
+        known = list(_fields_at(model, item["loc"][:-1]))
+        return f"unknown key {dotted!r}; {_nearest(str(item['loc'][-1]), known)}"
+    if item["type"] == "missing":
+        return f"{dotted} is missing"
+    if item["type"] == "value_error":  # a validator of ours: it names the value itself
+        text = str(item["msg"]).removeprefix("Value error, ")
+    else:
+        text = f"{item['msg']} (got {_short(repr(item['input']))})"
+    return f"{dotted}: {text}" if dotted else text
+
+
+def _short(text: str, most: int = SHOWN_CHARACTERS) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the fields of the model at a place inside `model`, through mappings, lists and options."""
+    annotation: Any = model
     for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type):
-            break
-        if issubclass(field.annotation, BaseModel):
-            model = field.annotation
-    return dict(model.model_fields)
+        annotation = _step(_bare(annotation), part)
+    return dict(getattr(_bare(annotation), "model_fields", {}))
+
+
+def _step(annotation: Any, part: Any) -> Any:
+    """Return the type one key or index further in."""
+    fields = getattr(annotation, "model_fields", None)
+    if fields is not None:
+        return fields[part].annotation if part in fields else annotation
+    inside = get_args(annotation)
+    return inside[1 if get_origin(annotation) is dict else 0] if inside else annotation
+
+
+def _bare(annotation: Any) -> Any:
+    """Remove ``Annotated`` and ``| None``."""
+    if get_origin(annotation) is Annotated:
+        return _bare(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        options = [option for option in get_args(annotation) if option is not type(None)]
+        return _bare(options[0])
+    return annotation

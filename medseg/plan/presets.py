@@ -10,7 +10,7 @@ ResEnc presets in Isensee et al., nnU-Net Revisited, arXiv 2404.09556.
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -175,10 +175,10 @@ def read_preset(preset: PathLike) -> tuple[Preset, dict[str, Any]]:
         )
     changes = read_mapping(name)
     base = changes.pop("extends", None)
-    if base not in PRESETS:
+    if not isinstance(base, str) or base not in PRESETS:
         raise ConfigError(f"{name}: 'extends' must name one of {', '.join(PRESETS)}, found {base!r}.")
-    change_rules(cast(Preset, base), changes, name)
-    return cast(Preset, base), changes
+    change_rules(base, changes, name)
+    return base, changes
 
 
 def change_rules(preset: Preset, changes: Mapping[str, Any], where: str = "rules") -> Rules:

@@ -5,12 +5,13 @@ source array ``(i, j, k)`` reversed to ``(k, j, i)`` as nnU-Net's readers delive
 ``transpose_forward``. A ``2d`` configuration leaves out the first network axis.
 """
 
-from typing import Annotated, Any, Literal, Self
+import math
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from medseg.config import Config
-from medseg.errors import PlanError
+from medseg.errors import ConfigError, PlanError
 from medseg.labels import LabelSet
 
 NetworkName = Literal["unet", "resenc-unet", "segresnet", "swin-unetr"]
@@ -32,6 +33,8 @@ class Architecture(Config):
     decoder_convs_per_stage : convolutions of each decoder stage, deepest last resolution excluded
     """
 
+    error: ClassVar[type[ConfigError]] = PlanError
+
     network: NetworkName = "unet"
     features_per_stage: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
@@ -47,6 +50,10 @@ class Architecture(Config):
             raise ValueError(
                 f"{n} feature numbers need {n} strides, kernels, blocks and {n - 1} decoder stages"
             )
+        if n == 0 or len({len(axes) for axes in (*self.strides, *self.kernel_sizes)}) != 1:
+            raise ValueError("every stage needs a stride and a kernel of one number an axis")
+        if min(map(min, (*self.strides, *self.kernel_sizes, self.features_per_stage))) < 1:
+            raise ValueError("strides, kernels and features must be at least 1")
         return self
 
     @property
@@ -58,6 +65,11 @@ class Architecture(Config):
     def dimensions(self) -> int:
         """2 or 3."""
         return len(self.strides[0])
+
+    @property
+    def divisor(self) -> tuple[int, ...]:
+        """Product of the strides along each axis, of which a patch must be a multiple."""
+        return tuple(math.prod(strides) for strides in zip(*self.strides, strict=True))
 
 
 class ChannelStats(Config):
@@ -106,8 +118,10 @@ class Configuration(Config):
     next_stage : the cascade that continues this one
     """
 
-    spacing: tuple[float, ...]
-    patch_size: tuple[int, ...]
+    error: ClassVar[type[ConfigError]] = PlanError
+
+    spacing: tuple[Positive, ...]
+    patch_size: tuple[Annotated[int, Field(ge=1)], ...]
     batch_size: int = Field(ge=1)
     median_shape: tuple[float, ...]
     normalization: tuple[Normalization, ...]
@@ -120,6 +134,28 @@ class Configuration(Config):
     order_z: int = Field(default=0, ge=0, le=5)
     previous_stage: str | None = None
     next_stage: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        n = self.architecture.dimensions
+        lengths = {
+            "spacing": len(self.spacing),
+            "patch_size": len(self.patch_size),
+            "median_shape": len(self.median_shape),
+        }
+        wrong = [f"{name} has {length}" for name, length in lengths.items() if length != n]
+        if wrong:
+            raise ValueError(f"the network has {n} axes, but {', '.join(wrong)}. Give one number an axis.")
+        if len(self.normalization) != len(self.use_mask_for_norm):
+            raise ValueError("'normalization' and 'use_mask_for_norm' need one entry a channel.")
+        divisor = self.architecture.divisor
+        fitting = tuple(math.ceil(size / by) * by for size, by in zip(self.patch_size, divisor, strict=True))
+        if fitting != self.patch_size:
+            raise ValueError(
+                f"patch {self.patch_size} must be divisible by {divisor}, the product of its strides. "
+                f"Use {fitting}."
+            )
+        return self
 
     @property
     def dimensions(self) -> int:
@@ -175,6 +211,8 @@ class Plan(Config):
     configurations : by name
     """
 
+    error: ClassVar[type[ConfigError]] = PlanError
+
     schema_version: Literal[1] = 1
     dataset_name: str
     plans_name: str
@@ -191,7 +229,26 @@ class Plan(Config):
     original_median_spacing: tuple[float, ...]
     original_median_shape: tuple[int, ...]
     intensity: dict[str, ChannelStats]
-    configurations: dict[str, Configuration]
+    configurations: dict[str, Configuration] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        forward, backward = self.transpose_forward, self.transpose_backward
+        if (
+            sorted(forward) != [0, 1, 2]
+            or sorted(backward) != [0, 1, 2]
+            or [forward[b] for b in backward] != [0, 1, 2]
+        ):
+            raise ValueError(
+                "'transpose_forward' must be an order of 0, 1, 2, and 'transpose_backward' its inverse."
+            )
+        for name, configuration in self.configurations.items():
+            if len(configuration.normalization) != len(self.channels):
+                raise ValueError(
+                    f"configuration {name}: {len(configuration.normalization)} normalizations for "
+                    f"{len(self.channels)} channels. Give one a channel."
+                )
+        return self
 
     def configuration(self, name: str) -> Configuration:
         """Return a configuration by name.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from medseg.errors import PlanError
 from medseg.plan import Fingerprint, load_plan
 
 from .phantom_fingerprints import abdomen
@@ -94,7 +95,11 @@ def test_budgets_and_overrides_reach_the_plan(described: list[object]) -> None:
     [
         (["-o", "x.yaml"], 5, "DATASET"),
         (["nowhere", "-o", "x.yaml"], 4, "nowhere"),
-        (["--fingerprint", "none.json", "--dataset-json", "none.json", "-o", "x.yaml"], 5, "none.json"),
+        (
+            ["--fingerprint", "none.json", "--dataset-json", "none.json", "-o", "x.yaml"],
+            4,
+            "none.json: no such file",
+        ),
         (["x", "--to", "monai", "-o", "x.yaml"], 5, "--to monai"),
         (["x"], 5, "--out"),
         (["x", "--overwrite-spacing", "2,1", "-o", "x.yaml"], 5, "three numbers"),
@@ -134,3 +139,36 @@ def test_no_heavy_package_is_imported_without_images(described: list[object]) ->
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("configurations.3d_fulres.batch_size=4", "did you mean '3d_fullres'?"),
+        ("configurations.3d_fullres.batchsize=4", "did you mean 'batch_size'?"),
+        ("configurations.3d_fullres.patch_size=[30,30,30]", "the product of its strides. Use (32, 32, 32)."),
+        ("configurations.3d_fullres.spacing=[1,1]", "the network has 3 axes, but spacing has 2"),
+        ("channels=[CT,PET]", "1 normalizations for 2 channels"),
+        ("transpose_backward=[0,1,7]", "its inverse"),
+    ],
+)
+def test_an_override_that_cannot_be_is_one_sentence(described: list[object], change: str, says: str) -> None:
+    done = medseg(*described, "--dry-run", "--preset", "nnunet", change, code=5)
+    assert says in done.stderr
+    assert len(done.stderr) < 400
+
+
+def test_swapped_files_are_named_for_what_they_are_not(described: list[object]) -> None:
+    files = ["--fingerprint", described[3], "--dataset-json", described[1]]
+    done = medseg(*files, "--dry-run", code=5)
+    assert "dataset.json is not a fingerprint: foreground_intensity_properties_per_channel" in done.stderr
+    assert len(done.stderr) < 400
+
+
+def test_an_edited_plan_is_checked_when_it_is_loaded(described: list[object], tmp_path: Path) -> None:
+    medseg(*described, "--preset", "nnunet", "-o", tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    content["configurations"]["3d_fullres"]["patch_size"][0] += 2
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=r"3d_fullres: patch .* must be divisible by"):
+        load_plan(tmp_path / "plan.json")
