@@ -23,6 +23,7 @@ __all__ = ["Case", "Dataset", "list_cases", "open_dataset", "read_image", "read_
 WHOLE = 1e-4
 # Findings that training cannot live with; the others are for `medseg check` to tell.
 BLOCKING = {
+    "case_name",
     "channel_count",
     "description",
     "duplicate_case",

@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ HU_LOWEST = (-4096, -200)
 HU_HIGHEST = (100, 32767)
 # Images that are opened to tell CT from the rest where no description names the channels.
 PROBED_IMAGES = 5
+# Characters of a case name: file systems take 255 bytes, and medseg adds prefixes and endings.
+LONGEST_NAME = 200
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _BIDS_SUBJECT = re.compile(r"(sub-[A-Za-z0-9]+)_")
@@ -121,6 +124,7 @@ def read_layout(path: Path) -> Layout:
     layout.test.sort(key=lambda case: case.name)
     _name_patients(layout)
     _complete(layout)
+    _check_names(layout)
     _check_partners(layout)
     return layout
 
@@ -256,8 +260,8 @@ def _read_explicit(root: Path, description: dict[str, Any]) -> Layout:
     layout.channels = _channel_names(layout)
     for name, entry in entries.items():
         try:
-            images = tuple(_resolve(root, text) for text in entry["images"])
-            label = _resolve(root, entry["label"])
+            images = tuple(_resolve_expanded(root, text) for text in entry["images"])
+            label = _resolve_expanded(root, entry["label"])
         except (KeyError, TypeError):
             layout.add(
                 str(name),
@@ -450,8 +454,13 @@ def _common_suffix(files: Iterable[Path]) -> str:
 
 
 def _resolve(root: Path, text: object) -> Path:
-    # nnU-Net expands variables in the paths of the `dataset` key; a relative path starts at the folder.
-    return Path(os.path.normpath(root / os.path.expandvars(str(text))))
+    """Return a path that a description names; a relative one starts at the folder."""
+    return Path(os.path.normpath(root / str(text)))
+
+
+def _resolve_expanded(root: Path, text: object) -> Path:
+    """Expand variables as well, as nnU-Net does in the paths of the ``dataset`` key and nowhere else."""
+    return _resolve(root, os.path.expandvars(str(text)))
 
 
 def _channel_names(layout: Layout) -> tuple[str, ...]:
@@ -604,6 +613,23 @@ def _tiff_reader(ending: str, example: Path | None) -> str:
     except Exception:  # a damaged example; nnU-Net then tries its next reader as well
         flat = False
     return "NaturalImage2DIO" if flat else "Tiff3DIO"
+
+
+def _check_names(layout: Layout) -> None:
+    """Refuse names that would lead results out of their folder: a name becomes part of a path."""
+    for name in sorted({case.name for case in (*layout.training, *layout.test)}):
+        if not _is_plain(name):
+            layout.add(
+                repr(name[:LONGEST_NAME]),
+                "case_name",
+                "is no name for a case: results are written to files of this name",
+                f"Use at most {LONGEST_NAME} characters, no / or \\, no control characters, no dot in front.",
+            )
+
+
+def _is_plain(name: str) -> bool:
+    odd = any(letter in "/\\" or unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
+    return 0 < len(name) <= LONGEST_NAME and not odd and not name.startswith(".")
 
 
 def _check_partners(layout: Layout) -> None:
