@@ -13,7 +13,10 @@ from medseg.types import Array
 
 LabelValue = int | tuple[int, ...]
 
-_SIDE = re.compile(r"(?<![a-z])(left|right|links|rechts|[lr])(?![a-z])", re.IGNORECASE)
+# A lone letter with a digit is no side: vertebrae_L1 is lumbar.
+_SIDE = re.compile(
+    r"(?<![a-z])(left|right|links|rechts)(?![a-z])|(?<![a-z0-9])[lr](?![a-z0-9])", re.IGNORECASE
+)
 
 
 class LabelSet(Config):
