@@ -1,8 +1,9 @@
 """Choose post-processing and the best model by cross-validation, by nnU-Net's rules.
 
 Source: nnunetv2 2.8.1, ``postprocessing/remove_connected_components.py`` (``determine_postprocessing``) and
-``evaluation/find_best_configuration.py``. Two departures: a class that occurs in no case is left out of the
-mean (in nnU-Net its NaN blocks every choice), and the result is plain data, never a pickle.
+``evaluation/find_best_configuration.py``. Three departures: a class that occurs in no case is left out of the
+mean (in nnU-Net its NaN blocks every choice), a region's step is refused if another region falls (nnU-Net
+looks at that region alone, though regions overlap), and the result is plain data, never a pickle.
 """
 
 import ast
@@ -147,7 +148,8 @@ def choose_postprocessing(
     1. Largest component of all foreground together: kept if the mean Dice over classes rises strictly and
        the mean Dice of no class falls.
     2. With more than one class or region, for each in order: its largest component, on top of what was kept
-       before; kept if the mean Dice of that class rises strictly.
+       before; kept if the mean Dice of that class rises strictly and no other falls. Exclusive classes do not
+       touch each other, so for them this is nnU-Net's choice; of overlapping regions it may refuse more.
 
     Parameters
     ----------
@@ -221,9 +223,10 @@ def singles_and_pairs(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _accepted(before: Mapping[str, float], after: Mapping[str, float], target: str) -> bool:
-    if target != "foreground":
-        return after[target] > before[target]
-    rises = _mean(after.values()) > _mean(before.values())
+    if target == "foreground":
+        rises = _mean(after.values()) > _mean(before.values())
+    else:
+        rises = after[target] > before[target]
     return rises and not any(after[name] < before[name] for name in before)
 
 

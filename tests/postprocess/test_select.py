@@ -64,6 +64,20 @@ def test_a_class_that_never_occurs_does_not_block_the_choice():
     assert trials[0].to_dict()["before"]["never"] is None
 
 
+def test_a_region_is_not_helped_at_the_cost_of_another():
+    labels = LabelSet.parse({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])
+    reference = np.zeros((1, 1, 20), np.uint8)
+    reference[..., :10], reference[..., 15] = 1, 2  # the core lies apart from the rest of the whole
+    prediction = reference.copy()
+    prediction[..., 13:15] = 1  # grows the small part, so that dropping it helps "whole"
+    prediction[..., 17:20] = 1
+    chosen, trials = choose_postprocessing([(prediction, reference)], labels)
+    whole = next(trial for trial in trials if trial.target == "whole")
+    assert whole.after["whole"] > whole.before["whole"]
+    assert (whole.before["core"], whole.after["core"]) == (1.0, 0.0)
+    assert not whole.accepted and chosen.steps == ()
+
+
 def test_no_pairs_is_an_error():
     with pytest.raises(DatasetError, match="none was given"):
         choose_postprocessing([], LabelSet.parse(CLASSES))
