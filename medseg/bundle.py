@@ -26,7 +26,7 @@ from pydantic import Field
 import medseg
 from medseg.config import Config, dump_yaml, parse_mapping
 from medseg.errors import BundleError, ConfigError, PlanError
-from medseg.files import atomic_folder, atomic_path, sha256_file
+from medseg.files import atomic_folder, atomic_path, recover_folder, sha256_file
 from medseg.labels import LabelSet
 from medseg.plan.schema import Configuration, Plan
 from medseg.types import PathLike
@@ -170,6 +170,9 @@ def load_bundle(path: PathLike) -> Bundle:
         There is none, a file is missing, damaged, linked, misplaced or too large, or the schema is newer.
     """
     path = Path(path)
+    recover_folder(path)
+    if path.is_dir() and not (path / "bundle.yaml").exists():
+        recover_folder(path / "bundle")
     if path.is_dir() and not (path / "bundle.yaml").exists() and (path / "bundle").is_dir():
         path = path / "bundle"
     if path.is_dir():
@@ -218,6 +221,7 @@ def save_bundle(
         raise BundleError(f"{path}: fold {odd[0]!r} is no name for a file. Use letters, digits, _ and -.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
+        recover_folder(path)
         existing = load_bundle(path) if path.exists() else None
         if existing is not None:
             if existing.plan != plan or existing.configuration != configuration:

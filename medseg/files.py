@@ -1,12 +1,17 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files that appear whole or not at all, and their hashes.
+
+A file is replaced in one step. A folder that replaces another takes two renames; a process that is
+killed between them leaves the old one as ``.NAME.XXXXXXXX.old``, and :func:`recover_folder` brings it back.
+"""
 
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from medseg.errors import MedsegError, OutputError, ResourceError
@@ -15,6 +20,9 @@ from medseg.types import PathLike
 DISK_FULL = "the disk is full. Free some space and run the same command again."
 _ELSEWHERE = "Check the path and its permissions, or choose another output."
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OLD = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.old")  # eight letters of tempfile.mkdtemp
+# A reader that recovers the old folder between the two renames makes the writer try again.
+_SWAPS = 3
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -78,20 +86,21 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: PathLike) -> Iterator[Path]:
-    """Like :func:`atomic_path` for a folder; an existing folder at `path` is replaced."""
+    """Like :func:`atomic_path` for a folder; an existing folder at `path` is replaced.
+
+    For an instant there is no folder at `path`. What an interruption leaves then is the old folder under a
+    name that :func:`recover_folder` knows, which this function and the reader of bundles call first.
+    """
     path = Path(path)
     _make_parent(path, folder=True)
+    recover_folder(path)
     with _said(path, path.parent):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         with _said(path, temporary):
             temporary.chmod(0o755)
             yield temporary
-            old = temporary.with_name(temporary.name + ".old")
-            if path.exists():
-                os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
+            _swap(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -129,6 +138,42 @@ def _is_about(error: OSError, roots: tuple[Path, ...]) -> bool:
         return False
     named = Path(error.filename).absolute()
     return any(root.absolute() in (named, *named.parents) for root in roots)
+
+
+def _swap(new: Path, path: Path) -> None:
+    old = new.with_name(new.name + ".old")
+    for attempt in range(_SWAPS):
+        try:
+            if path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
+            break
+        except BaseException as error:
+            recovered = path.exists() and not old.exists()
+            if not path.exists() and old.exists():
+                os.replace(old, path)
+            if not (recovered and isinstance(error, OSError) and attempt < _SWAPS - 1):
+                raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def orphan_target(path: PathLike) -> Path | None:
+    """Return the missing folder whose only copy `path` is after an interruption, else None."""
+    path = Path(path)
+    match = _OLD.fullmatch(path.name)
+    target = path.with_name(match.group(1)) if match else None
+    return None if target is None or target.exists() else target
+
+
+def recover_folder(path: PathLike) -> None:
+    """Bring back the folder at `path` if an interrupted replacement left only its old copy."""
+    path = Path(path)
+    if path.exists() or not path.parent.is_dir():
+        return
+    old = [each for each in path.parent.glob(".*.old") if orphan_target(each) == path]
+    if old:
+        with suppress(OSError):  # a folder that may not be written: the caller says that nothing is there
+            os.replace(max(old, key=lambda each: each.stat().st_mtime_ns), path)
 
 
 def write_text(path: PathLike, text: str) -> None:

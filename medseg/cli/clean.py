@@ -13,11 +13,13 @@ def clean(
 ) -> None:
     """Free the disk space of preprocessed cases and leftovers of interrupted runs; results stay."""
     from medseg.errors import DataError
+    from medseg.files import orphan_target
 
     if not (run / "plan.yaml").exists():
         raise DataError(f"{run}: not a run folder (no plan.yaml). Give the folder that was passed with -o.")
     doomed = [run / "store", *run.glob(".*.*"), *run.glob("fold_*/.*.*")]
-    doomed = [path for path in doomed if path.exists()]
+    # The only copy of a folder whose replacement was interrupted is no leftover.
+    doomed = [path for path in doomed if path.exists() and orphan_target(path) is None]
     freed = sum(f.stat().st_size for path in doomed for f in [path, *path.rglob("*")] if f.is_file())
     if not dry_run:
         for path in doomed:
