@@ -27,7 +27,9 @@ from medseg.errors import (
 from medseg.infer import Options, Predictor
 from medseg.io import read, write
 from medseg.log import Listener, listening
+from medseg.phantom import write_phantom_dataset
 from medseg.pipeline import list_work, predict_folder, segment
+from medseg.volume import Geometry, Volume
 from tests.infer.models import image, tiny_plan, tiny_weights
 
 FAST = {"device": "cpu", "threads": 1, "mirror": False}
@@ -331,6 +333,63 @@ def test_info_says_what_a_path_is(bundle, images, kind):
 
 def test_info_on_nothing_is_a_read_error(tmp_path):
     assert isinstance(run("info", tmp_path / "none").exception, ReadError)
+
+
+def test_info_counts_what_is_not_finite_and_prints_strict_json(tmp_path):
+    def never(constant):
+        raise AssertionError(constant)
+
+    for name, values, low in (("some", [np.nan, np.inf, 2.0], 2.0), ("all", [np.nan] * 3, None)):
+        array = np.broadcast_to(np.array(values, np.float32)[:, None, None], (3, 2, 2))
+        write(Volume(array, Geometry((3, 2, 2), np.eye(4))), tmp_path / f"{name}.nii.gz")
+        facts = json.loads(run("info", tmp_path / f"{name}.nii.gz", "--json").stdout, parse_constant=never)
+        assert facts["not_finite"] == 4 * sum(not np.isfinite(v) for v in values)
+        assert facts["min"] == facts["max"] == low
+
+
+def test_info_is_short(bundle, tmp_path):
+    array = np.arange(256, dtype=np.uint8).reshape(4, 8, 8)
+    write(Volume(array, Geometry((4, 8, 8), np.eye(4))), tmp_path / "a.nii.gz")
+    lines = run("info", tmp_path / "a.nii.gz").stdout.splitlines()
+    assert max(map(len, lines)) < 100 and len(lines) < 20
+    assert any("10, 11, ... (256 in all)" in line for line in lines)
+    recipe = {"oversample_foreground": 0.33, "epochs": 5, "optimizer": {"name": "sgd", "lr": 0.01}}
+    plan = tiny_plan()
+    card = CARD | {"recipe": recipe}
+    save_bundle(tmp_path / "b", plan, "3d_fullres", {"0": tiny_weights(plan)}, (0, 1, 2), card)
+    out = run("info", tmp_path / "b").stdout
+    assert "epochs 5, optimizer sgd 0.01" in out and "oversample" not in out
+    assert json.loads(run("info", tmp_path / "b", "--json").stdout)["card"]["recipe"] == recipe
+
+
+def test_info_says_how_an_unfinished_run_goes_on(tmp_path):
+    (tmp_path / "run" / "fold_0").mkdir(parents=True)
+    (tmp_path / "run" / "fold_0" / "log.jsonl").write_text("{}\n{}\n")
+    out = run("info", tmp_path / "run").stdout
+    assert "not finished: medseg train" in out and "--resume" in out and "fold_0 2" in out
+
+
+def test_info_says_what_a_dataset_is(tmp_path):
+    write_phantom_dataset(tmp_path / "Dataset900_Phantom", n_train=2, n_test=1, seed=3, size=16)
+    facts = json.loads(run("info", tmp_path / "Dataset900_Phantom", "--json").stdout)
+    assert (facts["kind"], facts["training_cases"], facts["test_cases"]) == ("dataset", 2, 1)
+    assert facts["channels"] and facts["labels"]["background"] == 0
+
+
+@pytest.mark.parametrize("name", ["result.json", "train.yaml"])
+def test_info_on_another_description_is_one_sentence(tmp_path, name):
+    (tmp_path / name).write_text('{"a": 1, "b": {"c": 2}}')
+    error = run("info", tmp_path / name).exception
+    assert isinstance(error, ReadError) and "is not a plan, bundle or image" in str(error)
+    assert len(str(error)) < 200 + len(str(tmp_path))
+
+
+def test_info_on_what_may_not_be_read_is_a_read_error(bundle, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr("medseg.bundle.load_bundle", refuse)
+    assert isinstance(run("info", bundle).exception, ReadError)
 
 
 def test_options_are_checked_before_anything_is_read(bundle, images, tmp_path):

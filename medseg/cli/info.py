@@ -1,6 +1,7 @@
-"""``medseg info``: what a bundle, an image or a plan is."""
+"""``medseg info``: what a bundle, a run, a dataset, an image or a plan is."""
 
 import json as json_module
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +12,33 @@ if TYPE_CHECKING:
     from medseg.plan.schema import Plan
 
 
+# Longer lists are cut on the screen; JSON holds all of them.
+SHOWN = 12
+# More different values than these are intensities, not labels.
+MOST_VALUES = 256
+
+
 def info(
-    path: Annotated[Path, typer.Argument(help="Bundle, run folder, image, or plan (YAML or JSON).")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            readable=False,  # an unreadable file is an error of medseg's table, not of the command line
+            help="Bundle, run folder, dataset, image, or plan (YAML or JSON).",
+        ),
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
-    """Say what PATH is: a model, an image's grid and values, or a plan."""
-    facts = _describe(path)
-    typer.echo(json_module.dumps(facts) if json else _readable(facts))
+    """Say what PATH is: a model, a run, a dataset, an image's grid and values, or a plan."""
+    from medseg.errors import MedsegError, ReadError
+
+    try:
+        facts = _describe(path)
+    except MedsegError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise ReadError(f"{path}: cannot be read ({reason}). Check the path and its permissions.") from error
+    typer.echo(json_module.dumps(_finite(facts), allow_nan=False) if json else _readable(facts))
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -25,15 +46,66 @@ def _describe(path: Path) -> dict[str, Any]:
 
     if not path.exists():
         raise ReadError(f"{path}: no such file or folder. Check the path.")
-    if path.is_dir() or path.suffix == ".medseg":
+    if path.is_dir():
+        return _folder_facts(path)
+    if path.suffix == ".medseg":
         from medseg.bundle import load_bundle
 
         return _bundle_facts(load_bundle(path))
+    if path.suffix in (".csv", ".tsv"):
+        return _dataset_facts(path)
     if path.suffix in (".yaml", ".yml", ".json"):
-        from medseg.plan import load_plan
-
-        return _plan_facts(load_plan(path))
+        return _plan_facts(_load_plan(path))
     return _image_facts(path)
+
+
+def _folder_facts(path: Path) -> dict[str, Any]:
+    from medseg.bundle import load_bundle
+
+    if (path / "bundle.yaml").exists() or (path / "bundle").is_dir():
+        return _bundle_facts(load_bundle(path))
+    folds = sorted(fold for fold in path.glob("fold_*") if fold.is_dir())
+    if folds or (path / "plan.yaml").exists():
+        return {
+            "kind": "run",
+            "path": str(path),
+            "state": f"training not finished: medseg train DATASET -o {path} --resume",
+            "epochs": {fold.name: _count_lines(fold / "log.jsonl") for fold in folds},
+        }
+    return _dataset_facts(path)
+
+
+def _count_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+
+def _load_plan(path: Path) -> "Plan":
+    from medseg.config import read_mapping
+    from medseg.errors import ReadError
+    from medseg.plan import load_plan
+
+    if "configurations" not in read_mapping(path):
+        raise ReadError(
+            f"{path}: is not a plan, bundle or image. Pass one of these, a run folder or a dataset."
+        )
+    return load_plan(path)
+
+
+def _dataset_facts(path: Path) -> dict[str, Any]:
+    from medseg.io import open_dataset
+
+    dataset = open_dataset(path)
+    return {
+        "kind": "dataset",
+        "path": str(path),
+        "dataset": dataset.name,
+        "training_cases": len(dataset.training),
+        "test_cases": len(dataset.test),
+        "channels": list(dataset.channels),
+        "labels": dataset.labels.to_dict()["entries"],
+        "file_ending": dataset.file_ending,
+        "reader": dataset.reader,
+    }
 
 
 def _bundle_facts(bundle: "Bundle") -> dict[str, Any]:
@@ -88,6 +160,7 @@ def _image_facts(path: Path) -> dict[str, Any]:
     volume = read(path)
     values = volume.array
     whole = values.dtype.kind in "ui"
+    finite = values if whole else values[np.isfinite(values)]
     facts: dict[str, Any] = {
         "kind": "image",
         "path": str(path),
@@ -97,22 +170,59 @@ def _image_facts(path: Path) -> dict[str, Any]:
         "unit": volume.geometry.unit,
         "axes": axis_codes(volume.geometry.affine),
         "dtype": str(values.dtype),
-        "min": float(np.nanmin(values)),
-        "max": float(np.nanmax(values)),
+        "min": float(finite.min()) if finite.size else None,
+        "max": float(finite.max()) if finite.size else None,
+        "not_finite": int(values.size - finite.size),
         "affine": volume.geometry.affine.tolist(),
         "notes": list(volume.notes),
     }
     found = np.unique(values) if whole else np.empty(0)
-    if 0 < found.size <= 256:
+    if 0 < found.size <= MOST_VALUES:
         facts["values"] = found.tolist()
     return facts
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with null for each NaN and infinity, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _readable(facts: dict[str, Any], indent: str = "") -> str:
     lines = []
     for name, value in facts.items():
-        if isinstance(value, dict) and value:
+        if name == "recipe" and isinstance(value, dict):
+            lines.append(f"{indent}{name:<20} {_recipe(value)}")
+        elif name in ("labels", "epochs") and isinstance(value, dict):
+            lines.append(f"{indent}{name:<20} {_short([f'{k} {_short(v)}' for k, v in value.items()])}")
+        elif isinstance(value, dict) and value:
             lines += [f"{indent}{name}", _readable(value, indent + "  ")]
-        elif value not in (None, [], {}):
-            lines.append(f"{indent}{name:<20}{value}")
+        elif name == "affine":
+            rows = (" ".join(f"{number:>10.5g}" for number in row) for row in value)
+            lines += [f"{indent}{name if k == 0 else '':<20} {row}" for k, row in enumerate(rows)]
+        elif value not in (None, [], {}) and not (name == "not_finite" and value == 0):
+            lines.append(f"{indent}{name:<20} {_short(value)}")
     return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    """Return a value in a few words: of a long list the beginning and the length."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if not isinstance(value, list | tuple):
+        return str(value)
+    more = f", ... ({len(value)} in all)" if len(value) > SHOWN else ""
+    return ", ".join(_short(item) for item in value[:SHOWN]) + more
+
+
+def _recipe(recipe: dict[str, Any]) -> str:
+    """Return what tells one training from another; the rest is in the JSON."""
+    parts = [f"{name} {recipe[name]}" for name in ("epochs", "steps_per_epoch") if name in recipe]
+    for group, names in {"optimizer": ("name", "lr"), "schedule": ("name",)}.items():
+        values = recipe.get(group)
+        if isinstance(values, dict):
+            parts.append(" ".join([group, *(str(values[name]) for name in names if name in values)]))
+    return ", ".join(parts) + " (all: --json)"
