@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from medseg.errors import Cancelled, ConfigError, DatasetError, GeometryError, MedsegError
+from medseg.errors import Cancelled, ConfigError, DatasetError, GeometryError, LabelError, MedsegError
 from medseg.labels import LabelSet, LabelValue
 from medseg.log import logger, progress
 from medseg.metrics.definitions import MEAN, METRICS, ClassSummary, Empty, Failure, Row
@@ -41,6 +41,10 @@ from medseg.types import Array, PathLike
 from medseg.volume import Geometry
 
 
+# Without a description, more different values than these are taken for intensities.
+MOST_FOUND = 50
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """The result of :func:`evaluate`.
@@ -49,7 +53,7 @@ class Evaluation:
     ----------
     rows : per case and class, cases in order of name, classes in order of `labels`
     summary : per class, and ``"mean"`` over the classes
-    failures : cases that could not be measured
+    failures : cases that could not be measured, references without a prediction among them
     predictions_alone, references_alone : case names without a partner
     labels : the measured classes and regions
     keys : name of a class as nnU-Net's ``summary.json`` writes it, such as ``1`` or ``(1, 2)``
@@ -81,7 +85,17 @@ class Evaluation:
         return tuple(pair.name for pair in self.pairs)
 
     def mean(self, metric: str = "dice", label: str = MEAN) -> float:
-        """Return the mean over cases of one class, or of all classes."""
+        """Return the mean over cases of one class, or of all classes.
+
+        Raises
+        ------
+        ConfigError
+            The metric was not measured, or there is no such class.
+        """
+        if metric not in self.metrics:
+            raise ConfigError(f"metric {metric!r}: was not measured. Choose from {', '.join(self.metrics)}.")
+        if label not in self.summary:
+            raise ConfigError(f"label {label!r}: is not among {', '.join(self.summary)}. Choose one of them.")
         return self.summary[label].metrics[metric].mean
 
     def to_dict(self) -> dict[str, object]:
@@ -131,13 +145,14 @@ def evaluate(
     ----------
     predictions, references : folder, file, Volume, sequence of these, or mapping by case name
         Folders and mappings are matched by case name, sequences by position. Both maps of a case must lie
-        on one grid.
+        on one grid. A reference without a prediction is a failure, a prediction without a reference a
+        warning.
     nsd_mm : float
         Tolerance of the normalized surface Dice.
     labels : LabelSet or path, optional
         What is measured, in order; regions and the ignore label are respected. A path is a ``dataset.json``,
         a plan, or a folder with a ``dataset.json``. None: a ``dataset.json`` beside the label maps, else
-        every value that occurs.
+        the ``predictions.json`` that ``medseg predict`` left there, else every value that occurs (at most 50).
     metrics : sequence of str
         Names of :data:`METRICS`. Without any surface metric, surfaces are not measured.
     seed, resamples : int
@@ -157,10 +172,10 @@ def evaluate(
     _check_settings(metrics, nsd_mm, resamples)
     label_set = find_labels(labels, predictions, references)
     pairing = pair_cases(predictions, references)
-    for name in (*pairing.predictions_alone, *pairing.references_alone):
-        side = "reference" if name in pairing.predictions_alone else "prediction"
-        logger.warning("%s: no %s of this name; left out", name, side)
+    for name in pairing.predictions_alone:
+        logger.warning("%s: no reference of this name; left out", name)
     measured, failures = _measure_all(pairing.pairs, label_set, metrics, nsd_mm)
+    failures += tuple(_missing(name) for name in pairing.references_alone)
     if not measured:
         raise DatasetError(f"none of the {len(failures)} cases could be measured. First: {failures[0].error}")
     targets = label_set.foreground if label_set else found_labels(v for m in measured for v in m.values)
@@ -205,6 +220,13 @@ def _check_settings(metrics: Sequence[str], nsd_mm: float, resamples: int) -> No
         raise ConfigError(f"resamples is {resamples}: expected at least 1 (1000 or more make sense).")
 
 
+def _missing(name: str) -> Failure:
+    """A case that was never predicted would flatter the means if nobody told."""
+    failure = Failure(name, "no prediction of this name. Predict the case, or remove its reference.")
+    logger.error("%s: not measured. %s", failure.case, failure.error)
+    return failure
+
+
 def _measure_all(
     pairs: Sequence[Pair], labels: LabelSet | None, metrics: Sequence[str], nsd_mm: float
 ) -> tuple[list[_Measured], tuple[Failure, ...]]:
@@ -230,6 +252,11 @@ def _measure(pair: Pair, labels: LabelSet | None, nsd_mm: float | None) -> _Meas
     ignore = labels.ignore if labels else None
     table = contingency(truth, guess, ignore)
     targets = labels.foreground if labels else found_labels(int(v) for v in table.values)
+    if labels is None and len(targets) > MOST_FOUND:
+        raise LabelError(
+            f"{pair.name}: holds {len(targets)} different values. Are these intensity images, or is one of the "
+            "folders another than meant? Pass label maps; if they are, name their labels with --labels."
+        )
     _warn_unknown(pair.name, table, labels)
     to_mm = 1e-3 if reference.geometry.unit == "micron" else 1.0
     spacing = tuple(s * to_mm for s in reference.spacing)

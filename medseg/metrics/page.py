@@ -156,7 +156,6 @@ def _aside(metric: str, statistic: Statistic) -> str:
 def _add_problems(report: HtmlReport, evaluation: "Evaluation") -> None:
     rows = [(Cell(f.case, tone="bad"), f.error) for f in evaluation.failures]
     rows += [(Cell(n, tone="warn"), "no reference of this name") for n in evaluation.predictions_alone]
-    rows += [(Cell(n, tone="warn"), "no prediction of this name") for n in evaluation.references_alone]
     if rows:
         note = "These are in none of the numbers below."
         report.add_table("Cases that were not measured", ["case", "why"], rows, note=note)
@@ -188,9 +187,9 @@ def _summary_row(entry: ClassSummary, metrics: Sequence[str]) -> list[Cell]:
 
 def _empties(entry: ClassSummary) -> Cell:
     counts = {
-        "both": entry.empty_both,
-        "reference only": entry.empty_reference,
-        "prediction only": entry.empty_prediction,
+        "missed (prediction empty)": entry.empty_prediction,
+        "invented (reference empty)": entry.empty_reference,
+        "absent (both empty)": entry.empty_both,
     }
     found = [f"{n} {kind}" for kind, n in counts.items() if n]
     return Cell(", ".join(found) or "none", tone="warn" if found else "")

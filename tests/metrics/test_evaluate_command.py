@@ -62,6 +62,13 @@ def test_a_failed_case_is_exit_code_three_after_the_others_were_printed(folders)
     assert "mean" in result.stdout
 
 
+def test_a_case_that_was_never_predicted_is_exit_code_three(folders):
+    (Path(folders[0]) / "b.nii.gz").unlink()
+    result = run(*folders)
+    assert isinstance(result.exception, PartialFailure)
+    assert "1 of 2 cases" in str(result.exception) and "b: no prediction" in str(result.exception)
+
+
 def test_no_match_is_exit_code_four(folders, tmp_path):
     write(label_map(), tmp_path / "other" / "z.nii.gz")
     result = run(folders[0], str(tmp_path / "other"))

@@ -46,12 +46,14 @@ def test_folders_are_matched_by_case_name_whatever_the_format(folders):
     assert result.summary["mean"].metrics["dice"].n == 3
 
 
-def test_names_without_a_partner_are_told_and_left_out(folders):
+def test_a_reference_without_a_prediction_is_a_failure_and_the_reverse_a_warning(folders):
     write(label_map(), folders[0] / "extra.nii.gz")
     write(label_map(), folders[1] / "missing.mha")
     result = evaluate(*folders, metrics=("dice",))
     assert result.predictions_alone == ("extra",)
     assert result.references_alone == ("missing",)
+    assert [failure.case for failure in result.failures] == ["missing"]
+    assert "no prediction" in result.failures[0].error
     assert len(result.cases) == 3
 
 
@@ -185,6 +187,36 @@ def test_a_dataset_json_beside_the_folder_names_the_labels(folders):
     result = evaluate(*folders, metrics=("dice",))
     assert list(result.labels) == ["all", "core"]
     assert result.to_dict()["mean"].keys() == {"(1, 2)", "(2,)"}
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_the_report_of_predict_names_the_labels(folders, single):
+    predictions, references = folders
+    name = "a.json" if single else "predictions.json"
+    (predictions / name).write_text(json.dumps({"labels": LABELS.to_dict()}))
+    result = evaluate(predictions / "a.nii.gz", references / "a.mha") if single else evaluate(*folders)
+    assert list(result.labels) == list(LABELS.foreground)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"labels": 3}'])
+def test_another_file_beside_the_predictions_is_left_alone(folders, content):
+    (folders[0] / "predictions.json").write_text(content)
+    assert list(evaluate(*folders).labels) == ["1", "2"]
+
+
+def test_intensities_are_not_mistaken_for_labels():
+    image = label_map()
+    image = image.with_array(np.arange(image.array.size, dtype=np.uint8).reshape(image.array.shape))
+    with pytest.raises(DatasetError, match="holds 255 different values. Are these intensity images"):
+        evaluate(label_map(), image)
+
+
+def test_a_mean_of_what_was_not_measured_is_refused():
+    result = evaluate(label_map(), label_map())
+    with pytest.raises(ConfigError, match=r"'foo': was not measured. Choose from dice, iou"):
+        result.mean("foo")
+    with pytest.raises(ConfigError, match="'liver': is not among 1, 2, mean"):
+        result.mean("dice", "liver")
 
 
 def test_a_labels_file_without_labels_is_refused(folders, tmp_path):
