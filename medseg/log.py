@@ -49,8 +49,11 @@ class Task:
         self.listener = _listener.get()
         self.listener.started(self.key, label, total)
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
+    def advance(self, steps: int = 1, note: str = "", check: bool = True) -> None:
         """Report `steps` more steps done.
+
+        `check` False leaves it to the caller to ask :func:`is_cancelled`: processes that work together
+        must stop at the same step.
 
         Raises
         ------
@@ -58,7 +61,8 @@ class Task:
             The listener wants the work to stop.
         """
         self.listener.advanced(self.key, steps, note)
-        check_cancelled()
+        if check:
+            check_cancelled()
 
 
 @contextmanager
@@ -91,7 +95,12 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
+def is_cancelled() -> bool:
+    """Return whether the current listener wants the work to stop."""
+    return _listener.get().cancelled()
+
+
 def check_cancelled() -> None:
     """Raise Cancelled if the current listener asks for it."""
-    if _listener.get().cancelled():
+    if is_cancelled():
         raise Cancelled("Stopped on request. Run the same command again to continue.")

@@ -76,11 +76,13 @@ def train(
 def stop(run: Annotated[Path, typer.Argument(help="Run folder of a training in progress.")]) -> None:
     """Ask a running training to end after this epoch, keep its best weights, and write its bundle."""
     from medseg.errors import TrainingError
+    from medseg.train.processes import is_claimed
 
-    folders = [p.parent for p in run.glob("fold_*/state.safetensors")]
+    folders = [folder for folder in sorted(run.glob("fold_*")) if is_claimed(folder)]
     if not folders:
         raise TrainingError(
-            f"{run}: no training is in progress here. Give the folder that was passed with -o."
+            f"{run}: no training is at work here. Give the folder that was passed with -o; "
+            "an interrupted run goes on with --resume."
         )
     for folder in folders:
         (folder / "STOP").touch()

@@ -18,6 +18,7 @@ from medseg.infer.sliding import sliding_window
 from medseg.labels import LabelSet
 from medseg.preprocess import (
     Preprocessed,
+    Record,
     preprocess,
     preprocess_labels,
     restore_labels,
@@ -102,28 +103,35 @@ class Predictor:
         """
         return self.models[0].logits(data)
 
-    def segment(self, volume: Volume, probabilities: PathLike | None = None) -> Segmentation:
+    def segment(
+        self, volume: Volume, probabilities: PathLike | None = None, previous: Volume | None = None
+    ) -> Segmentation:
         """Segment one volume.
 
         Parameters
         ----------
         volume : one channel for each of the plan's
         probabilities : ``.npz`` file to write class probabilities to
+        previous : label map of a cascade's first stage on the grid of `volume`, instead of predicting it
 
         Returns
         -------
         Segmentation
             On the grid of `volume`.
         """
-        return self.segment_prepared(volume, self.prepare(volume), probabilities)
+        return self.segment_prepared(volume, self.prepare(volume), probabilities, previous)
 
     def segment_prepared(
-        self, volume: Volume, prepared: Sequence[Preprocessed], probabilities: PathLike | None = None
+        self,
+        volume: Volume,
+        prepared: Sequence[Preprocessed],
+        probabilities: PathLike | None = None,
+        previous: Volume | None = None,
     ) -> Segmentation:
         """Like :meth:`segment`, with the result of :meth:`prepare`."""
         path = None if probabilities is None else Path(probabilities)
         outputs = [
-            Output(model.run(volume, case), case.record, model.bundle.settings)
+            Output(model.run(volume, case, previous), case.record, model.bundle.settings)
             for model, case in zip(self.models, prepared, strict=True)
         ]
         result = self._finish(_restore(outputs, self.bundle.labels, path))
@@ -141,9 +149,11 @@ class Predictor:
         }
 
     def _finish(self, result: Volume) -> Volume:
-        """Apply post-processing; of an ensemble only where all models ask for the same."""
-        wanted = self.bundle.postprocessing
-        if not wanted or any(bundle.postprocessing != wanted for bundle in self.bundles):
+        """Apply the post-processing that was chosen for this model alone, or for these models together."""
+        wanted = dict(self.bundle.postprocessing or {})
+        together = bool(wanted.pop("ensemble", False))
+        agreed = all(bundle.postprocessing == self.bundle.postprocessing for bundle in self.bundles)
+        if not wanted or not agreed or together != (len(self.bundles) > 1):
             return result
         from medseg.postprocess import Postprocessing, apply
 
@@ -180,21 +190,36 @@ class Model:
         parts = (settings.spacing, settings.normalization, settings.use_mask_for_norm, settings.order_data)
         return repr((parts, plan.transpose_forward, plan.intensity, settings.order_z))
 
-    def run(self, volume: Volume, case: Preprocessed) -> FloatArray:
-        """Return logits for a prepared case; a cascade first segments `volume` by its first stage."""
+    def run(self, volume: Volume, case: Preprocessed, previous: Volume | None = None) -> FloatArray:
+        """Return logits for a prepared case; a cascade takes `previous`, or predicts its first stage."""
         if self.previous is None:
-            return self.logits(case.data)
-        first = self.previous.segment(volume).volume
+            return self.logits(case.data, self.mirrored(case.record))
+        first = self.previous.segment(volume).volume if previous is None else previous
         labels = preprocess_labels(first, case.record, self.bundle.settings)
         values = self.bundle.labels.foreground_values
         channels = [(labels[0] == value).astype(np.float32) for value in values]
-        return self.logits(np.concatenate([case.data, np.stack(channels)]))
+        data = np.concatenate([case.data, np.stack(channels)])
+        return self.logits(data, self.mirrored(case.record))
 
-    def logits(self, data: FloatArray) -> FloatArray:
-        """Return the mean logits of all folds: a float16 sum divided by their number, as nnU-Net does."""
+    def mirrored(self, record: Record) -> tuple[int, ...]:
+        """Return the patch axes to flip for a case: with sided labels never its own left-right axis.
+
+        The bundle knows how the training images lay; this case may lie otherwise.
+        """
+        if not self.bundle.labels.sided:
+            return self.mirror_axes
+        left_right = record.left_right_axis - (3 - self.bundle.settings.dimensions)
+        return tuple(axis for axis in self.mirror_axes if axis != left_right)
+
+    def logits(self, data: FloatArray, mirror_axes: tuple[int, ...] | None = None) -> FloatArray:
+        """Return the mean logits of all folds: a float16 sum divided by their number, as nnU-Net does.
+
+        Without `mirror_axes` the bundle's are flipped, which suits labels without sides.
+        """
+        axes = self.mirror_axes if mirror_axes is None else mirror_axes
         total: Tensor | None = None
         for fold in self.folds:
-            logits = torch.from_numpy(self._fold_logits(fold, data))
+            logits = torch.from_numpy(self._fold_logits(fold, data, axes))
             total = logits if total is None else total.add_(logits)
         assert total is not None  # a model has at least one fold
         if len(self.folds) > 1:
@@ -202,14 +227,14 @@ class Model:
         result: FloatArray = total.numpy()
         return result
 
-    def _fold_logits(self, fold: str, data: FloatArray) -> FloatArray:
+    def _fold_logits(self, fold: str, data: FloatArray, mirror_axes: tuple[int, ...]) -> FloatArray:
         name = f"Predict fold {fold}" if len(self.folds) > 1 else "Predict tiles"
         return sliding_window(
             self._callable(fold),
             data,
             self.bundle.settings.patch_size,
             self.bundle.labels.n_outputs,
-            self.mirror_axes,
+            mirror_axes,
             self.options.step,
             self.options.compatible,
             self.runtime.device,

@@ -18,7 +18,8 @@ from medseg.types import FloatArray, IntArray
 
 # nnU-Net treats a patch as a stack of slices when its first axis is this many times shorter.
 DUMMY_2D_RATIO = 3.0
-# Beyond this many labels in a patch, linear interpolation of each costs more than it gives.
+# nnU-Net interpolates every label linearly. With more labels than this in a patch ours takes the nearest,
+# because the work grows with their number (a choice, not a measurement).
 MAX_LINEAR_LABELS = 10
 
 
@@ -67,10 +68,12 @@ def initial_patch(patch: tuple[int, ...], config: AugmentConfig) -> tuple[int, .
 
 
 def rotation_degrees(patch: tuple[int, ...], config: AugmentConfig) -> float:
-    """Return the largest angle: the set one in 3D; in-plane 180, or 15 for elongated 2D patches."""
-    if len(patch) == 2:
-        return 15.0 if max(patch) / min(patch) > 1.5 else 180.0
-    return 180.0 if is_dummy_2d(patch) else config.rotation.degrees
+    """Return the largest angle: the set one in 3D; in a plane nnU-Net's, unless `degrees_2d` is set."""
+    if len(patch) == 3 and not is_dummy_2d(patch):
+        return config.rotation.degrees
+    if config.rotation.degrees_2d is not None:
+        return config.rotation.degrees_2d
+    return 15.0 if len(patch) == 2 and max(patch) / min(patch) > 1.5 else 180.0
 
 
 def draw_spatial(rng: np.random.Generator, patch: tuple[int, ...], config: AugmentConfig) -> Spatial | None:

@@ -1,20 +1,29 @@
 """The training recipe as values. A variant is another set of values, never another class."""
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medseg.config import Config
 
-Probability = Field(ge=0.0, le=1.0)
+
+def _check_order(low: float, high: float) -> None:
+    if low > high:
+        raise ValueError(f"low {low} is above high {high}")
 
 
 class Rotation(Config):
-    """Rotation about every network axis; in-plane only where the patch is very anisotropic."""
+    """Rotation about every network axis; in-plane only where the patch is very anisotropic.
+
+    Attributes
+    ----------
+    degrees : largest angle in 3D
+    degrees_2d : largest angle in a plane; None is nnU-Net's rule: 180, or 15 for elongated 2D patches
+    """
 
     p: float = Field(0.2, ge=0, le=1)
     degrees: float = Field(30.0, ge=0, le=180)
-    per_axis: bool = True
+    degrees_2d: float | None = Field(None, ge=0, le=180)
 
 
 class Scaling(Config):
@@ -23,6 +32,11 @@ class Scaling(Config):
     p: float = Field(0.2, ge=0, le=1)
     low: float = Field(0.7, gt=0)
     high: float = Field(1.4, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_order(self.low, self.high)
+        return self
 
 
 class Elastic(Config):
@@ -39,6 +53,11 @@ class Ranged(Config):
     p: float = Field(ge=0, le=1)
     low: float
     high: float
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_order(self.low, self.high)
+        return self
 
 
 class LowResolution(Ranged):
@@ -76,7 +95,7 @@ class AugmentConfig(Config):
     low_resolution: LowResolution = LowResolution(p=0.25, low=0.5, high=1.0)
     gamma_inverted: Ranged = Ranged(p=0.1, low=0.7, high=1.5)
     gamma: Ranged = Ranged(p=0.3, low=0.7, high=1.5)
-    mirror: Literal["auto", "off"] | tuple[int, ...] = "auto"
+    mirror: Literal["auto", "off"] | tuple[Annotated[int, Field(ge=0, le=2)], ...] = "auto"
     p_mirror: float = Field(0.5, ge=0, le=1)
     cascade: CascadeNoise = CascadeNoise()
 

@@ -16,11 +16,14 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from medseg import log
 from medseg.errors import Cancelled, ConfigError, ResourceError, TrainingError
+from medseg.files import write_text
 from medseg.labels import LabelSet
 from medseg.train import losses, state
 from medseg.train.config import OptimizerConfig, TrainConfig
 from medseg.train.samples import Sampler, batches, to_target, validation_batches
 
+COMPLETE = "the schedule is complete"
+BAR_STEPS = 1000  # of the progress bar: a run may be limited by steps or by time
 STOP_FILE = "STOP"
 STATE_FILE = "state.safetensors"
 BEST_FILE = "best.safetensors"
@@ -110,6 +113,7 @@ def run(job: Job, fabric: Any) -> Outcome:
     path = job.folder / STATE_FILE
     if job.resume and path.exists():
         progress = state.load_state(path, raw, average, optimizer, job.key)
+        restore_scaler(fabric, progress.scaler)
     session = Session(job, fabric, network, raw, average, optimizer, progress)
     try:
         ended = session.run()
@@ -146,44 +150,55 @@ class Session:
 
     def run(self) -> str:
         """Do the steps; return why it ended."""
-        job, progress = self.job, self.progress
+        progress, per_epoch = self.progress, self.job.config.steps_per_epoch
+        fraction = self.agree()
         stream = batches(
-            job.train,
+            self.job.train,
             progress.step,
-            job.batch_size,
+            self.job.batch_size,
             self.fabric.global_rank,
             self.fabric.world_size,
-            job.config.loader_threads,
+            self.job.config.loader_threads,
         )
-        total = 1000
-        with log.task(job.title, total) as task:
-            shown = int(total * self.clock.fraction())
-            task.advance(shown)
-            while not self._ended():
-                self.step(*next(stream))
+        with log.task(self.job.title, BAR_STEPS) as task:
+            shown = 0
+            while not self.progress.ended:
+                self.step(fraction, *next(stream))
+                fraction = self.agree()
                 note = ""
-                if progress.step % job.config.steps_per_epoch == 0 or self._ended():
-                    note = self.end_epoch()
-                    if reason := self._reason_to_stop():
-                        return reason
-                now = int(total * self.clock.fraction())
-                if note or now > shown or progress.step % 20 == 0:
-                    task.advance(now - shown, note)
-                    shown = now
+                if fraction >= 1.0 or progress.step % per_epoch == 0:
+                    note = self.end_epoch(fraction)
+                now = int(BAR_STEPS * fraction)
+                task.advance(now - shown, note, check=False)
+                shown = now
                 self._save_sometimes()
-        return "the schedule is complete"
+        return self.progress.ended
 
-    def _ended(self) -> bool:
-        """Agree on the end: a clock may differ between processes."""
-        done = self.clock.fraction() >= 1.0 and self.progress.step > 0
-        if self.job.limit_seconds is None or self.fabric.world_size == 1:
-            return done
-        return bool(self.fabric.broadcast(done))
+    def agree(self) -> float:
+        """Return the fraction of the schedule that is done, the same in all processes.
 
-    def step(self, images: Tensor, segs: Tensor) -> None:
+        Clocks differ and each process gets its own Ctrl-C, so they settle both together at every step.
+
+        Raises
+        ------
+        Cancelled
+            Any of them was asked to stop.
+        """
+        fraction, cancelled = self.clock.fraction(), float(log.is_cancelled())
+        if self.fabric.world_size > 1:
+            mine = torch.tensor([fraction, cancelled], dtype=torch.float64, device=self.fabric.device)
+            fraction, cancelled = self.fabric.all_reduce(mine, reduce_op="max").tolist()
+        if cancelled:
+            raise Cancelled(
+                f"{self.job.title}: stopped at step {self.progress.step}, the state is saved. "
+                "Run the same command with --resume to go on."
+            )
+        return fraction
+
+    def step(self, fraction: float, images: Tensor, segs: Tensor) -> None:
         """One optimiser step on this process's share of a batch."""
         config = self.job.config
-        set_learning_rate(self.optimizer, config, self.clock.fraction())
+        set_learning_rate(self.optimizer, config, fraction)
         images = _to_device(images, self.fabric.device)
         outputs = self.network(images)
         loss = total_loss(outputs, segs.to(self.fabric.device), self.job, self.fabric.world_size > 1)
@@ -199,8 +214,8 @@ class Session:
         self.progress.step += 1
         self.progress.elapsed_seconds = self.clock.elapsed()
 
-    def end_epoch(self) -> str:
-        """Validate, log, keep the best, checkpoint; return a short status text."""
+    def end_epoch(self, fraction: float) -> str:
+        """Validate, log, keep the best, see whether to go on, checkpoint; return a short status text."""
         job, progress = self.job, self.progress
         loss = float(torch.stack(self.losses).mean()) if self.losses else math.nan
         self.losses.clear()
@@ -217,11 +232,12 @@ class Session:
         if job.validation is not None and job.config.val_samples:
             dice = self.validate(job.validation)
             row["dice"] = {name: None if math.isnan(d) else round(d, 5) for name, d in dice.items()}
-            note += "  Dice " + " ".join(f"{d:.3f}" for d in dice.values())
+            note += "  Dice " + ", ".join(f"{name} {d:.3f}" for name, d in dice.items())
             self._keep_best(float(np.nanmean([*dice.values()])) if not _all_nan(dice) else 0.0, epoch)
         progress.history.append(row)
         if self.board is not None:
             write_scalars(self.board, row)
+        progress.ended = COMPLETE if fraction >= 1.0 else self._reason_to_stop(epoch)
         self.save()
         return note
 
@@ -233,7 +249,8 @@ class Session:
         shares = (self.fabric.global_rank, self.fabric.world_size)
         size = -(-self.job.batch_size // self.fabric.world_size)
         with torch.inference_mode(), self.fabric.autocast():
-            for images, segs in validation_batches(sampler, self.job.config.val_samples, size, *shares):
+            stream = validation_batches(sampler, self.job.config.val_samples, size, *shares)
+            for images, segs in stream:
                 outputs = network(_to_device(images, self.fabric.device))
                 logits = outputs[0] if isinstance(outputs, list | tuple) else outputs
                 counts += overlap_counts(logits, segs.to(logits.device), self.job.labels)
@@ -248,10 +265,11 @@ class Session:
         """Write the state (first process only)."""
         self.saved = time.monotonic()
         if self.fabric.is_global_zero:
+            self.progress.scaler = scaler_state(self.fabric)
             path = self.job.folder / STATE_FILE
             state.save_state(path, self.raw, self.average, self.optimizer, self.progress, self.job.key)
             lines = [json.dumps(row) + "\n" for row in self.progress.history]
-            (self.job.folder / "log.jsonl").write_text("".join(lines))
+            write_text(self.job.folder / "log.jsonl", "".join(lines))
         self.fabric.barrier()
 
     def _save_sometimes(self) -> None:
@@ -270,13 +288,25 @@ class Session:
                 best = self.average if self.average is not None else self.raw
                 state.save_weights(self.job.folder / BEST_FILE, best)
 
-    def _reason_to_stop(self) -> str | None:
+    def _reason_to_stop(self, epoch: int) -> str:
         patience = self.job.config.patience_epochs
-        epoch = -(-self.progress.step // self.job.config.steps_per_epoch)
         if patience and self.progress.best_epoch >= 0 and epoch - self.progress.best_epoch >= patience:
             return f"no better score for {patience} epochs"
         stop = (self.job.folder / STOP_FILE).exists()
-        return "a STOP file was found" if self.fabric.broadcast(stop) else None
+        return "it was asked to stop (medseg stop)" if self.fabric.broadcast(stop) else ""
+
+
+def scaler_state(fabric: Any) -> dict[str, Any] | None:
+    """Return the state of Fabric's gradient scaler; None where the precision needs none."""
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    return None if scaler is None else dict(scaler.state_dict())
+
+
+def restore_scaler(fabric: Any, stored: dict[str, Any] | None) -> None:
+    """Put back what :func:`scaler_state` returned."""
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    if scaler is not None and stored:
+        scaler.load_state_dict(stored)
 
 
 def open_board(job: Job) -> Any:
@@ -323,7 +353,7 @@ def set_learning_rate(optimizer: Optimizer, config: TrainConfig, fraction: float
     """Set the rate for this point of the schedule; ``poly`` changes at epoch starts, as nnU-Net's does."""
     schedule, lr = config.schedule, config.optimizer.lr
     if schedule.name == "poly":
-        epoch = math.floor(fraction * config.epochs)
+        epoch = math.floor(fraction * config.epochs + 1e-9)  # a product like 28.999999999999996 is epoch 29
         lr *= (1 - epoch / config.epochs) ** schedule.power if epoch < config.epochs else 0.0
     else:
         lr *= 0.5 * (1 + math.cos(math.pi * fraction))
@@ -333,10 +363,11 @@ def set_learning_rate(optimizer: Optimizer, config: TrainConfig, fraction: float
         group["lr"] = lr
 
 
-def total_loss(outputs: Tensor | Sequence[Tensor], segs: Tensor, job: Job, keep_all: bool) -> Tensor:
+def total_loss(outputs: Tensor | Sequence[Tensor], segs: Tensor, job: Job, shared: bool) -> Tensor:
     """Return the deep-supervision sum of the losses.
 
-    ``keep_all`` keeps outputs of weight 0 in the graph: DDP waits for every parameter's gradient.
+    ``shared``: other processes train on parts of the batch. Outputs of weight 0 then stay in the graph,
+    because DDP waits for every parameter's gradient.
     """
     if isinstance(outputs, Tensor):
         outputs = [outputs]
@@ -344,15 +375,16 @@ def total_loss(outputs: Tensor | Sequence[Tensor], segs: Tensor, job: Job, keep_
     terms = []
     for logits, weight in zip(outputs, losses.deep_supervision_weights(len(outputs)), strict=True):
         if weight == 0.0:
-            terms += [logits.sum() * 0.0] if keep_all else []
+            terms += [logits.sum() * 0.0] if shared else []
             continue
         size = logits.shape[2:]
         goal = losses.downsample_target(target, size)
         if job.labels.has_regions:
             mask = None if valid is None else losses.downsample_target(valid.to(torch.uint8), size).bool()
-            term = losses.region_loss(logits, goal, mask, job.batch_dice, job.config.loss)
+            term = losses.region_loss(logits, goal, mask, job.batch_dice, job.config.loss, shared)
         else:
-            term = losses.class_loss(logits, goal, job.labels.ignore, job.batch_dice, job.config.loss)
+            ignore = job.labels.ignore
+            term = losses.class_loss(logits, goal, ignore, job.batch_dice, job.config.loss, shared)
         terms.append(weight * term)
     return torch.stack(terms).sum()
 

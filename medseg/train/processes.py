@@ -2,13 +2,55 @@
 
 import logging
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 
-from medseg.errors import ConfigError
+from medseg.errors import ConfigError, TrainingError
 from medseg.infer import cpu_has_bf16
 from medseg.train.config import TrainConfig
+
+LOCK_FILE = "running.lock"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process, so that no second training writes to it and `medseg stop` finds it.
+
+    Raises
+    ------
+    TrainingError
+        Another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK_FILE, "w") as lock:
+        if not _lock(lock):
+            raise TrainingError(f"{folder}: another training is at work here. Wait for it or choose another.")
+        yield
+    (folder / LOCK_FILE).unlink(missing_ok=True)
+
+
+def is_claimed(folder: Path) -> bool:
+    """Return whether a living process trains in a folder."""
+    if not (folder / LOCK_FILE).exists():
+        return False
+    with open(folder / LOCK_FILE, "a") as lock:
+        return not _lock(lock)
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # on Windows nothing is locked
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def launch(config: TrainConfig, batch_size: int, device: str) -> Any:

@@ -19,7 +19,7 @@ from medseg.train.config import (
 # nnU-Net 2.8.1, nnUNetTrainer: every default of TrainConfig.
 NNUNET = TrainConfig()
 
-# Found by measurement on 96 hippocampus cases (DECISIONS.md, 13): in a thousandth of
+# Found by measurement on 96 hippocampus cases (DECISIONS.md, 13): in a fortieth of
 # nnU-Net's iterations, AdamW with a cosine schedule and averaged weights get furthest, and mirroring
 # asks a small network to learn a harder problem than the one it is tested on.
 CPU = TrainConfig(

@@ -12,10 +12,11 @@ from medseg.bundle import load_bundle
 from medseg.errors import MedsegError
 from medseg.files import write_text
 from medseg.infer import Predictor
-from medseg.io import read_image, write
+from medseg.io import read, read_image, write
 from medseg.metrics import Evaluation, evaluate
 from medseg.metrics.page import add_evaluation
 from medseg.metrics.report import HtmlReport, curves
+from medseg.train.setup import previous_results
 
 if TYPE_CHECKING:
     from medseg.train.loop import Outcome
@@ -59,11 +60,14 @@ def predict_validation(setup: "Setup", bundle: Path) -> dict[str, Path]:
     """Segment the validation cases with this fold's weights; a case that fails is named and left out."""
     trained = replace(load_bundle(bundle), postprocessing=None)  # chosen later, on these results
     predictor = Predictor(trained, folds=(str(setup.fold),))
+    # a cascade sees what it was trained on: the first stage of folds that did not know the case
+    earlier = previous_results(setup.previous) if setup.previous is not None else {}
     written = {}
     for case in log.progress(setup.validation, "Validating whole cases"):
         path = setup.folder / "validation" / f"{case.name}.nii.gz"
         try:
-            write(predictor.segment(read_image(case)).volume, path)
+            first = read(earlier[case.name]) if case.name in earlier else None
+            write(predictor.segment(read_image(case), previous=first).volume, path)
         except MedsegError as error:
             log.logger.warning("%s: not validated. %s", case.name, error)
             continue
@@ -82,6 +86,7 @@ def summarize(setup: "Setup", outcome: "Outcome", evaluation: Evaluation | None)
         mean = evaluation.mean("dice")
     return {
         "fold": setup.fold,
+        "held_out": setup.fold != "all",
         "configuration": setup.configuration,
         "cases": len(setup.train),
         "validation_cases": len(setup.validation),
@@ -106,6 +111,8 @@ def draw(
         "minutes": f"{outcome.progress.elapsed_seconds / 60:.1f}",
     }
     page = HtmlReport(f"Training of {setup.plan.dataset_name}, fold {setup.fold}", setup.configuration, facts)
+    if setup.fold == "all":
+        page.add_text("Not a validation", "This model was trained on every case that is measured here.")
     add_curves(page, outcome.progress.history)
     if evaluation is not None:
         images = {case.name: case.images[0] for case in setup.validation}
@@ -137,5 +144,5 @@ def add_curves(page: HtmlReport, history: list[dict[str, Any]]) -> None:
         for name in names
     }
     if lines:
-        caption = "On random patches of the held-out cases, pooled; whole cases are measured below."
+        caption = "On random patches of the validation cases, pooled; whole cases are measured below."
         page.add_figure("Dice while training", curves(lines, "epoch", "Dice"), caption)

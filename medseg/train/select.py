@@ -4,9 +4,10 @@ nnU-Net's ``find_best_configuration`` without saved probabilities: every case is
 did not train on it, pairs by averaging the two models' probabilities for that fold.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def select(runs: Sequence[PathLike], dataset: Dataset | PathLike) -> Selection:
     found = {str(run): validated(run) for run in folders}
     _check(found, by_name)
     cases = {name: by_name[name] for name in next(iter(found.values()))}
-    bundles = {str(run): load_bundle(run) for run in folders}
+    # what an earlier selection chose must not touch what is measured now
+    bundles = {str(run): replace(load_bundle(run), postprocessing=None) for run in folders}
     labels = next(iter(bundles.values())).labels
     references = {name: case.label for name, case in cases.items() if case.label is not None}
     scores: dict[str, float] = {}
@@ -86,15 +88,21 @@ def select(runs: Sequence[PathLike], dataset: Dataset | PathLike) -> Selection:
     for names in singles_and_pairs(list(found)):
         title = SEPARATOR.join(names)
         maps[title] = _predictions(names, found, bundles, cases)
-        scores[title] = evaluate(maps[title], references, labels=labels, metrics=("dice",)).mean("dice")
+        measured = evaluate(maps[title], references, labels=labels, metrics=("dice",))
+        if measured.failures:
+            raise TrainingError(
+                f"{title}: {len(measured.failures)} cases not measured. {measured.failures[0].error}"
+            )
+        scores[title] = measured.mean("dice")
     best = choose_best(scores)
     chosen, trials = choose_postprocessing(Maps(maps[best], cases), labels)
     winners = tuple(best.split(SEPARATOR))
+    stored = {**chosen.to_dict(), "ensemble": True} if len(winners) > 1 else chosen.to_dict()
     for run in winners:
-        _store(bundles[run], chosen.to_dict())
+        _store(bundles[run], stored)
     accepted = [trial.mean_after for trial in trials if trial.accepted]
     selection = Selection(
-        scores, best, winners, accepted[-1] if accepted else scores[best], chosen.to_dict(), _plain(trials)
+        scores, best, winners, accepted[-1] if accepted else scores[best], stored, _plain(trials)
     )
     write_text(Path(winners[0]) / "selection.json", json.dumps(asdict(selection), indent=1))
     return selection
@@ -134,7 +142,9 @@ def _predictions(
     """Return label maps of one run, or make those of a pair (kept in the first run's folder)."""
     if len(names) == 1:
         return {name: path for name, (_, path) in found[names[0]].items()}
-    folder = Path(names[0]) / "ensembles" / "__".join(Path(name).name for name in names)
+    facts = [bundles[name].digest for name in names] + sorted(cases)
+    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    folder = Path(names[0]) / "ensembles" / key
     if not folder.exists():
         with atomic_folder(folder) as temporary:
             predictors: dict[str, Predictor] = {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, Literal
 import torch
 
 import medseg
-from medseg.errors import DatasetError, TrainingError
+from medseg.bundle import load_bundle
+from medseg.errors import ConfigError, DatasetError, PlanError, TrainingError
 from medseg.files import write_text
 from medseg.io import Case, Dataset, open_dataset
 from medseg.plan import Configuration, Plan, choose_split, load_plan, make_plan
@@ -18,6 +20,8 @@ from medseg.train import loop
 from medseg.train.config import TrainConfig
 from medseg.train.recipes import load_recipe
 from medseg.types import PathLike
+
+logger = logging.getLogger("medseg")
 
 Fold = int | Literal["all"]
 
@@ -82,9 +86,14 @@ def decide(
     if not isinstance(dataset, Dataset):
         dataset = open_dataset(dataset)
     chosen = _choose_plan(dataset, Path(out), plan, preset)
+    _check_plan(chosen, dataset)
     train, validation = _split(dataset, fold, splits)
     name = configuration or chosen.default_configuration
-    chosen.configuration(name)
+    if chosen.configuration(name).previous_stage and previous is None:
+        raise ConfigError(
+            f"{name}: needs the results of {chosen.configuration(name).previous_stage}. "
+            "Train that first and pass its run folder with --previous."
+        )
     return Setup(
         dataset=dataset,
         plan=chosen,
@@ -120,18 +129,37 @@ def describe(dataset: Dataset | PathLike, out: PathLike, **choices: Any) -> dict
     }
 
 
+def is_finished(setup: Setup) -> bool:
+    """Return whether this fold is trained, validated and in the bundle."""
+    return (setup.folder / "report.html").exists()
+
+
 def check_folder(setup: Setup, resume: bool) -> None:
     """Refuse a run folder that holds something else, before anything is written."""
-    state = setup.folder / loop.STATE_FILE
-    if (setup.folder / "report.html").exists():
+    if is_finished(setup) and not resume:
         raise TrainingError(f"{setup.folder}: is already trained. Choose another fold or folder.")
-    if state.exists() and not resume:
+    begun = (setup.folder / loop.STATE_FILE).exists()
+    if begun and not resume:
         raise TrainingError(
             f"{setup.folder}: an unfinished run is here. Pass --resume to go on, or choose a new folder."
         )
+    if resume and not begun:
+        logger.warning("%s: nothing is saved yet, so training starts anew.", setup.folder)
     existing = setup.run / "plan.yaml"
     if existing.exists() and load_plan(existing) != setup.plan:
         raise TrainingError(f"{setup.run}: was started with another plan. Choose a new folder for this one.")
+    if (setup.run / "bundle").exists():
+        held = load_bundle(setup.run).configuration
+        if held != setup.configuration:
+            raise TrainingError(
+                f"{setup.run}: holds a {held} model. Train {setup.configuration} in a folder of its own."
+            )
+
+
+def previous_results(run: Path) -> dict[str, Path]:
+    """Return the first stage's label map of every case, of the fold that did not see it if there is one."""
+    paths = [*run.glob("fold_all/validation/*.nii.gz"), *sorted(run.glob("fold_[0-9]*/validation/*.nii.gz"))]
+    return {path.name.removesuffix(".nii.gz"): path for path in paths}
 
 
 def write_inputs(setup: Setup) -> None:
@@ -154,11 +182,31 @@ def write_inputs(setup: Setup) -> None:
 
 def _choose_plan(dataset: Dataset, run: Path, plan: Plan | PathLike | None, preset: str | None) -> Plan:
     existing = run / "plan.yaml"
+    if plan is not None and preset is not None:
+        raise ConfigError(f"a plan and the preset {preset!r} are both given. Leave one out.")
     if isinstance(plan, Plan):
         return plan
     if plan is not None:
         return load_plan(plan)
-    return load_plan(existing) if existing.exists() and preset is None else make_plan(dataset, preset)
+    if existing.exists() and preset is None:
+        logger.info("Using the plan that is in the run folder, %s.", existing)
+        return load_plan(existing)
+    return make_plan(dataset, preset)
+
+
+def _check_plan(plan: Plan, dataset: Dataset) -> None:
+    """Refuse a plan that was made for other data."""
+    if len(plan.channels) != len(dataset.channels):
+        raise PlanError(
+            f"the plan of {plan.dataset_name} is for {len(plan.channels)} channels "
+            f"({', '.join(plan.channels)}), {dataset.root} has {len(dataset.channels)}. Plan this dataset."
+        )
+    unknown = sorted(set(dataset.labels.values) - set(plan.labels.values))
+    if unknown:
+        raise PlanError(
+            f"the plan of {plan.dataset_name} does not know the labels {unknown} of {dataset.root}. "
+            "Plan this dataset."
+        )
 
 
 def _split(

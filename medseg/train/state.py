@@ -27,6 +27,8 @@ class Progress:
     best_score, best_epoch : the best moving average of the validation Dice, and when
     score : current moving average
     history : one row an epoch, as written to ``log.jsonl``
+    ended : why the run is over; empty while it is not
+    scaler : state of the gradient scaler (fp16 only)
     """
 
     step: int = 0
@@ -35,6 +37,8 @@ class Progress:
     best_epoch: int = -1
     score: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    ended: str = ""
+    scaler: dict[str, Any] | None = None
 
 
 def save_state(

@@ -128,7 +128,7 @@ def test_a_stop_file_ends_it_at_the_next_epoch_with_the_best_kept(tmp_path: Path
     (tmp_path / loop.STOP_FILE).touch()
     outcome = loop.run(job(tmp_path), fabric())
     assert outcome.progress.step == 5
-    assert "STOP" in outcome.ended
+    assert "asked to stop" in outcome.ended
     assert (tmp_path / loop.BEST_FILE).exists()
 
 
@@ -159,6 +159,36 @@ def test_poly_changes_at_epoch_starts_as_nnunet_does() -> None:
     for fraction, epoch in ((0.0, 0), (0.0009, 0), (0.5, 500), (0.9999, 999)):
         loop.set_learning_rate(optimizer, config, fraction)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * (1 - epoch / 1000) ** 0.9)
+    for epochs in (50, 100, 300):
+        config = TrainConfig(epochs=epochs)
+        for epoch in range(epochs):
+            loop.set_learning_rate(optimizer, config, epoch * 250 / config.steps)
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * (1 - epoch / epochs) ** 0.9)
+
+
+def test_the_gradient_scaler_survives_a_resume() -> None:
+    class Strategy:
+        class precision:  # noqa: N801
+            scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+
+    class Fake:
+        strategy = Strategy
+
+    stored = loop.scaler_state(Fake())
+    assert stored is not None and stored["scale"] == 64.0
+    Strategy.precision.scaler = torch.amp.GradScaler("cpu")
+    loop.restore_scaler(Fake(), json.loads(json.dumps(stored)))
+    assert Strategy.precision.scaler.get_scale() == 64.0
+    assert loop.scaler_state(fabric()) is None
+
+
+def test_a_run_that_ended_stays_ended_when_resumed(tmp_path: Path) -> None:
+    (tmp_path / loop.STOP_FILE).touch()
+    first = loop.run(job(tmp_path), fabric())
+    (tmp_path / loop.STOP_FILE).unlink()
+    again = loop.run(job(tmp_path, resume=True), fabric())
+    assert again.progress.step == first.progress.step == 5
+    assert torch.equal(weights(first), weights(again))
 
 
 def test_tensorboard_is_optional_and_its_absence_is_explained(

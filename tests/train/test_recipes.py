@@ -57,6 +57,8 @@ def test_overrides_reach_nested_settings() -> None:
         ("epochs=-1", "epochs"),
         ("epochs", "key=value"),
         ("epochs.many=3", "not a group"),
+        ("augment.mirror=[-1]", "mirror"),
+        ("augment.gamma.low=3", "above high"),
     ],
 )
 def test_a_wrong_override_names_the_remedy(override: str, message: str) -> None:

@@ -19,6 +19,7 @@ from medseg.errors import ConfigError, DataError, PlanError, TrainingError
 from medseg.io import open_dataset, read, write
 from medseg.plan import Architecture, Plan, make_plan
 from medseg.train import describe, fit
+from medseg.train.processes import claimed
 from medseg.volume import Geometry, Volume
 from tests.phantoms import GEOMETRIES, affine, ball, noise
 
@@ -113,7 +114,8 @@ def test_killed_at_a_random_step_and_resumed_it_ends_with_the_same_weights(
 
 
 def test_two_processes_train_what_one_does(dataset: Path, plan: Plan, tmp_path: Path) -> None:
-    plan.save(tmp_path / "plan.yaml")
+    pooled = {**plan.configuration("3d_fullres").to_dict(), "batch_dice": True}
+    plan.replace(configurations={"3d_fullres": pooled}).save(tmp_path / "plan.yaml")
     recipe = ["optimizer.name=sgd", "optimizer.lr=0.01", "ema_decay=0"]
     subprocess.run(
         command(dataset, tmp_path / "one", tmp_path / "plan.yaml", *recipe), check=True, capture_output=True
@@ -162,6 +164,8 @@ def test_folds_share_a_bundle_and_select_judges_them(dataset: Path, plan: Plan, 
     assert len(chosen.scores) == 3 and chosen.best in chosen.scores
     assert chosen.scores[chosen.best] == max(chosen.scores.values())
     assert load_bundle(chosen.runs[0]).postprocessing == chosen.postprocessing
+    again = select([tmp_path / "a", tmp_path / "b"], dataset)  # what was stored does not change the scores
+    assert again.scores == chosen.scores
 
 
 def test_a_cascade_trains_on_what_the_first_stage_predicted(
@@ -177,7 +181,7 @@ def test_a_cascade_trains_on_what_the_first_stage_predicted(
     )
     quick = [*QUICK, "epochs=1"]
     with pytest.raises(ConfigError, match="--previous"):
-        fit(dataset, tmp_path / "none", cascade, "cpu", "3d_cascade_fullres", overrides=quick)
+        fit(dataset, tmp_path / "none", cascade, configuration="3d_cascade_fullres", overrides=quick)
     fit(dataset, tmp_path / "low", cascade, configuration="3d_lowres", fold="all", overrides=quick)
     bundle = fit(
         dataset,
@@ -226,6 +230,62 @@ def test_another_plan_in_the_same_folder_is_refused(dataset: Path, plan: Plan, t
         fit(dataset, tmp_path, plan.replace(plans_name="other"), fold=1, overrides=QUICK)
     with pytest.raises(TrainingError, match="already trained"):
         fit(dataset, tmp_path, plan, overrides=QUICK)
+    before = (tmp_path / "bundle" / "bundle.yaml").read_bytes()
+    fit(dataset, tmp_path, plan, overrides=QUICK, resume=True)  # nothing is left to do
+    assert (tmp_path / "bundle" / "bundle.yaml").read_bytes() == before
+
+
+def test_a_plan_for_other_data_is_refused_before_anything_is_written(
+    dataset: Path, plan: Plan, tmp_path: Path
+) -> None:
+    two = plan.replace(
+        channels=("CT", "PET"),
+        configurations={
+            "3d_fullres": {
+                **plan.configuration("3d_fullres").to_dict(),
+                "normalization": ("ct", "zscore"),
+                "use_mask_for_norm": (False, False),
+            }
+        },
+        intensity={key: next(iter(plan.intensity.values())).to_dict() for key in ("0", "1")},
+    )
+    with pytest.raises(PlanError, match="2 channels"):
+        fit(dataset, tmp_path / "run", two)
+    with pytest.raises(ConfigError, match="Leave one out"):
+        fit(dataset, tmp_path / "run", plan, preset="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_not_trained_in_twice_and_stop_finds_it(
+    dataset: Path, plan: Plan, tmp_path: Path
+) -> None:
+    from medseg.cli.train import stop
+
+    with pytest.raises(TrainingError, match="no training is at work"):
+        stop(tmp_path)
+    with claimed(tmp_path / "fold_0"):
+        stop(tmp_path)
+        assert (tmp_path / "fold_0" / "STOP").exists()
+        with pytest.raises(TrainingError, match="another training"):
+            fit(dataset, tmp_path, plan, overrides=QUICK)
+
+
+def test_two_dimensional_training_on_volumes(dataset: Path, plan: Plan, tmp_path: Path) -> None:
+    settings = plan.configuration("3d_fullres").to_dict()
+    flat = {
+        "network": "unet",
+        "features_per_stage": (4, 8),
+        "strides": ((1, 1), (2, 2)),
+        "kernel_sizes": ((3, 3), (3, 3)),
+        "blocks_per_stage": (1, 1),
+        "decoder_convs_per_stage": (1,),
+    }
+    two = {key: settings[key][1:] for key in ("spacing", "median_shape")}
+    sliced = {**settings, **two, "patch_size": (16, 16), "architecture": flat}
+    planned = plan.replace(configurations={"2d": sliced})
+    bundle = fit(dataset, tmp_path, planned, overrides=[*QUICK, "augment.mirror=auto"])
+    assert load_bundle(bundle).mirror_axes == (0, 1)
+    assert len(list((tmp_path / "fold_0" / "validation").glob("*.nii.gz"))) == 2
 
 
 def test_a_dry_run_writes_nothing(dataset: Path, plan: Plan, tmp_path: Path) -> None:
