@@ -11,8 +11,12 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="Folder with predicted label maps, or one file.")],
-    references: Annotated[Path, typer.Argument(help="Folder with reference label maps, or one file.")],
+    predictions: Annotated[
+        Path, typer.Argument(readable=False, help="Folder with predicted label maps, or one file.")
+    ],
+    references: Annotated[
+        Path, typer.Argument(readable=False, help="Folder with reference label maps, or one file.")
+    ],
     nsd_mm: Annotated[float, typer.Option(min=0.0, help="Tolerance of the surface Dice (NSD).")] = 1.0,
     json: Annotated[Path | None, typer.Option(help="Write JSON here; - prints it and nothing else.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots and pictures here.")] = None,

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 def predict(
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="Image, or folder of CASE_0000.nii.gz files.")
+        Path,
+        typer.Argument(metavar="INPUT", readable=False, help="Image, or folder of CASE_0000.nii.gz files."),
     ],
     model: Annotated[
         list[Path],

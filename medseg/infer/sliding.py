@@ -82,7 +82,9 @@ def sliding_window(
     )
     logits = plan.run(data, torch.float16 if compatible else torch.float32)
     if logits is None and compatible:
-        log.logger.warning("Sums of logits exceed float16, so they are made in float32.")
+        log.logger.warning(
+            "The network's outputs are too large for 16-bit numbers: predicting again with 32 bits."
+        )
         logits = plan.run(data, torch.float32)
     if logits is None:
         raise BundleError(

@@ -40,7 +40,6 @@ from medseg.metrics.surface import SurfaceDistances, surface_distances
 from medseg.types import Array, PathLike
 from medseg.volume import Geometry
 
-
 # Without a description, more different values than these are taken for intensities.
 MOST_FOUND = 50
 
@@ -152,7 +151,8 @@ def evaluate(
     labels : LabelSet or path, optional
         What is measured, in order; regions and the ignore label are respected. A path is a ``dataset.json``,
         a plan, or a folder with a ``dataset.json``. None: a ``dataset.json`` beside the label maps, else
-        the ``predictions.json`` that ``medseg predict`` left there, else every value that occurs (at most 50).
+        the ``predictions.json`` that ``medseg predict`` left there, else every value that
+        occurs (at most 50).
     metrics : sequence of str
         Names of :data:`METRICS`. Without any surface metric, surfaces are not measured.
     seed, resamples : int
@@ -254,8 +254,8 @@ def _measure(pair: Pair, labels: LabelSet | None, nsd_mm: float | None) -> _Meas
     targets = labels.foreground if labels else found_labels(int(v) for v in table.values)
     if labels is None and len(targets) > MOST_FOUND:
         raise LabelError(
-            f"{pair.name}: holds {len(targets)} different values. Are these intensity images, or is one of the "
-            "folders another than meant? Pass label maps; if they are, name their labels with --labels."
+            f"{pair.name}: holds {len(targets)} different values. Are these intensity images, or is one "
+            "of the folders another than meant? Pass label maps; if these are, name the labels with --labels."
         )
     _warn_unknown(pair.name, table, labels)
     to_mm = 1e-3 if reference.geometry.unit == "micron" else 1.0

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from medseg.config import read_mapping
-from medseg.errors import ConfigError, DatasetError, GeometryError, LabelError
+from medseg.errors import ConfigError, DataError, DatasetError, GeometryError, LabelError
 from medseg.io import READERS, read
 from medseg.labels import LabelSet, LabelValue
 from medseg.segmentation import Segmentation
 from medseg.types import PathLike
 from medseg.volume import Volume
 
+PREDICTIONS = "predictions.json"
+"""What ``medseg predict`` leaves beside its label maps; it names their labels."""
 Source = Path | Volume
 """Where one label map comes from: a file, or memory."""
 Maps = PathLike | Volume | Segmentation | Sequence[PathLike | Volume | Segmentation]
@@ -136,7 +138,7 @@ def find_labels(labels: LabelSet | PathLike | None, *sides: NamedMaps) -> LabelS
     ----------
     labels : LabelSet or path
         A ``dataset.json`` or plan, or a folder with a ``dataset.json``. None: a ``dataset.json`` in one of
-        the folders of `sides` or in its parent is taken.
+        the folders of `sides` or in its parent is taken, else the report of ``medseg predict`` in one.
 
     Raises
     ------
@@ -155,7 +157,22 @@ def find_labels(labels: LabelSet | PathLike | None, *sides: NamedMaps) -> LabelS
             for folder in (Path(side), Path(side).parent):
                 if (folder / "dataset.json").is_file():
                     return _read_labels(folder / "dataset.json")
+    for side in sides:
+        if isinstance(side, str | Path) and (found := _predicted_labels(Path(side))):
+            return found
     return None
+
+
+def _predicted_labels(side: Path) -> LabelSet | None:
+    """Return the labels that ``medseg predict`` wrote beside its label maps."""
+    name = case_name(side)
+    path = side / PREDICTIONS if side.is_dir() else side.with_name(f"{name}.json")
+    if not path.is_file():
+        path = side.with_name(PREDICTIONS)
+    try:
+        return _read_labels(path)
+    except (ConfigError, DataError):  # another file of this name, or none: nothing is known then
+        return None
 
 
 def _read_labels(path: Path) -> LabelSet:

@@ -207,7 +207,7 @@ def test_another_file_beside_the_predictions_is_left_alone(folders, content):
 def test_intensities_are_not_mistaken_for_labels():
     image = label_map()
     image = image.with_array(np.arange(image.array.size, dtype=np.uint8).reshape(image.array.shape))
-    with pytest.raises(DatasetError, match="holds 255 different values. Are these intensity images"):
+    with pytest.raises(DatasetError, match=r"holds 255 different values\. Are these intensity images"):
         evaluate(label_map(), image)
 
 

@@ -151,3 +151,11 @@ def test_colours_repeat_only_after_all_were_used():
 def test_many_points_do_not_swell_the_page():
     values = {f"organ {k}": np.random.default_rng(k).random(2000) for k in range(5)}
     assert len(strip_plot([Panel("Dice", values, 1.0)])) < 400_000
+
+
+def test_empty_masks_are_told_in_words() -> None:
+    from medseg.metrics.definitions import ClassSummary
+    from medseg.metrics.page import _empties
+
+    cell = _empties(ClassSummary("liver", {}, empty_both=0, empty_reference=2, empty_prediction=4))
+    assert cell.text == "4 missed (prediction empty), 2 invented (reference empty)"
