@@ -206,7 +206,7 @@ class _Run:
         try:
             ready = loaded()
             began = time.monotonic()
-            maps = target.with_name(f"{stem_of(target)}.npz") if self.probabilities else None
+            maps = self.maps(target)
             result = self.predictor.segment_prepared(ready.volume, ready.prepared, maps)
             write(result.volume, target)
         except Exception as error:  # one bad case, whatever its fault, must not stop the others
@@ -218,23 +218,24 @@ class _Run:
             return CaseResult(case.name, "failed", target, time.monotonic() - began, error=reason)
         return CaseResult(case.name, "done", target, time.monotonic() - began, ready.inputs)
 
+    def maps(self, target: Path) -> Path | None:
+        """Return where the probabilities of a case go, if they are wanted."""
+        return target.with_name(f"{stem_of(target)}.npz") if self.probabilities else None
+
     def finished(self) -> dict[str, CaseResult]:
-        """Return the cases that an earlier run has done: same models, settings and files."""
+        """Return the cases that an earlier run has done, in full, with the same models and files."""
         try:
             before = json.loads(self.report.read_text(encoding="utf-8"))
-            rows = {row["case"]: row for row in before["cases"]}
+            rows = {row["case"]: row for row in before["cases"] if _is_row(row)}
             same = _settings(before["provenance"]) == _settings(self.predictor.provenance())
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
         done = {}
-        for case in self.cases:
-            row, target = rows.get(case.name, {}), self.targets[case]
-            if (
-                same
-                and row.get("status") in ("done", "skipped")
-                and target.exists()
-                and _unchanged(case, row)
-            ):
+        for case in self.cases if same else ():
+            row, target = rows.get(case.name), self.targets[case]
+            maps = self.maps(target)
+            there = target.exists() and (maps is None or maps.exists())
+            if row and there and _unchanged(case, row):
                 done[case.name] = CaseResult(case.name, "skipped", target, row["seconds"], row["inputs"])
         return done
 
@@ -374,6 +375,19 @@ def _settings(provenance: Mapping[str, Any]) -> Any:
     """Return what must agree for two runs to give the same label maps."""
     models = [{k: v for k, v in model.items() if k != "bundle"} for model in provenance["models"]]
     return models, provenance["step"], provenance["compatible"]
+
+
+def _is_row(row: Any) -> bool:
+    """Return whether a row of an earlier report says that a case was done, and how."""
+    if not isinstance(row, dict) or row.get("status") not in ("done", "skipped"):
+        return False
+    case, seconds, inputs = row.get("case"), row.get("seconds"), row.get("inputs")
+    return (
+        isinstance(case, str)
+        and isinstance(seconds, int | float)
+        and isinstance(inputs, dict)
+        and all(isinstance(value, str) for value in inputs.values())
+    )
 
 
 def _unchanged(case: Case, row: Mapping[str, Any]) -> bool:

@@ -187,6 +187,46 @@ def test_continue_does_not_trust_a_damaged_report(bundle, images, tmp_path, cont
     assert {r.status for r in predict_folder(images, bundle, out, resume=True, **FAST)} == {"done"}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seconds": None},
+        {"seconds": "1"},
+        {"inputs": None},
+        {"inputs": {"ann_0000.nii.gz": 3}},
+        {"case": ["ann"]},
+        {"status": {}},
+    ],
+)
+def test_continue_ignores_a_row_that_is_not_whole(bundle, images, tmp_path, change):
+    out = tmp_path / "out"
+    predict_folder(images, bundle, out, **FAST)
+    content = report(out)
+    content["cases"][0] |= change
+    content["cases"] += [None, 3, {}]
+    del content["cases"][1]["seconds"]
+    (out / "predictions.json").write_text(json.dumps(content))
+    results = predict_folder(images, bundle, out, resume=True, **FAST)
+    assert {r.case: r.status for r in results} == {"ann": "done", "ben": "done", "cid": "skipped"}
+
+
+@pytest.mark.parametrize("provenance", [None, {}, {"models": ["x"], "step": 0.5, "compatible": True}])
+def test_continue_does_not_trust_an_odd_provenance(bundle, images, tmp_path, provenance):
+    out = tmp_path / "out"
+    predict_folder(images, bundle, out, **FAST)
+    (out / "predictions.json").write_text(json.dumps(report(out) | {"provenance": provenance}))
+    assert {r.status for r in predict_folder(images, bundle, out, resume=True, **FAST)} == {"done"}
+
+
+def test_continue_predicts_again_where_probabilities_are_missing(bundle, images, tmp_path):
+    out = tmp_path / "out"
+    predict_folder(images, bundle, out, **FAST)
+    for statuses in ({"done"}, {"skipped"}):
+        results = predict_folder(images, bundle, out, save_probabilities=True, resume=True, **FAST)
+        assert {r.status for r in results} == statuses
+    assert len(list(out.glob("*.npz"))) == 3
+
+
 def test_a_full_disk_stops_all_and_leaves_nothing_half_written(bundle, images, tmp_path, monkeypatch):
     def full(volume, path):
         raise ResourceError(f"{path}: the disk is full.") from OSError(errno.ENOSPC, "No space left")
