@@ -49,6 +49,12 @@ class Record:
         """Index of the kept part in a (c, a0, a1, a2) array on the transposed source grid."""
         return (slice(None), *box_slices(self.crop))
 
+    @property
+    def left_right_axis(self) -> int:
+        """The network axis that runs most nearly left-right in the world."""
+        source = int(np.argmax(np.abs(self.geometry.affine[0, :3] / self.geometry.spacing)))
+        return self.transpose.index(2 - source)
+
     def to_network(self, array: Array) -> Array:
         """Return a view of a (c, i, j, k) array in network order."""
         return array.transpose(network_axes(self.transpose))

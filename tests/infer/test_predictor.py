@@ -7,9 +7,11 @@ import torch
 from medseg.errors import BundleError, ConfigError
 from medseg.infer import Options, Predictor
 from medseg.infer.ensemble import Output, combine
+from medseg.infer.predictor import Model
 from medseg.labels import LabelSet
 from medseg.preprocess import preprocess, preprocess_labels, restore_labels, restore_probabilities
 from tests.infer.models import LABELS, image, tiny_bundle
+from tests.phantoms import affine
 
 CPU = {"device": "cpu", "threads": 1}
 
@@ -54,6 +56,27 @@ def test_mirroring_follows_the_card_unless_asked_for():
         for wanted in (None, True, False)
     }
     assert axes == {None: (), True: (0, 1, 2), False: ()}
+
+
+@pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
+@pytest.mark.parametrize(("codes", "left_right"), [("RAS", 2), ("LPS", 2), ("SRA", 1), ("ASR", 0)])
+def test_sided_labels_are_never_mirrored_left_right_however_a_case_lies(
+    monkeypatch, configuration, codes, left_right
+):
+    patch = (8, 8, 8) if configuration == "3d_fullres" else (8, 8)
+    asked = []
+    monkeypatch.setattr(
+        Model,
+        "logits",
+        lambda self, data, axes=None: asked.append(axes) or np.zeros((2, *data.shape[1:]), "f2"),
+    )
+    volume = image(affine=affine(codes))
+    for name in ("kidney_left", "kidney"):
+        bundle = tiny_bundle(configuration, patch=patch, labels=LabelSet.parse({"background": 0, name: 1}))
+        Predictor(bundle, **CPU).segment(volume)
+    everything = tuple(range(len(patch)))
+    kept = tuple(axis for axis in everything if axis != left_right - (3 - len(patch)))
+    assert asked == [kept, everything]
 
 
 def test_models_with_different_plans_are_averaged_on_the_source_grid(tmp_path):
