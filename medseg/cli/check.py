@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from medseg.io.check import Examination
     from medseg.io.findings import Finding
 
 # Lines of one kind before the rest is only counted.
@@ -25,38 +26,45 @@ def check(
     import logging
 
     from medseg.errors import DataError
-    from medseg.io.check import check_dataset
+    from medseg.io.check import examine_dataset
 
     # nibabel and tifffile tell of every odd header themselves; here that is a finding or of no interest.
     for name in ("nibabel.global", "tifffile"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    findings = check_dataset(dataset)
+    seen = examine_dataset(dataset)
     if json:
-        _print_json(dataset, findings)
+        _print_json(dataset, seen)
     else:
-        _print_text(dataset, findings)
-    if any(finding.severity == "error" for finding in findings):
+        _print_text(dataset, seen)
+    if any(finding.severity == "error" for finding in seen.findings):
         raise typer.Exit(DataError.exit_code)
 
 
-def _print_json(dataset: Path, findings: Sequence["Finding"]) -> None:
+def _print_json(dataset: Path, seen: "Examination") -> None:
     from json import dumps
 
-    counts = {severity: sum(f.severity == severity for f in findings) for severity in _COLOURS}
-    result = {"dataset": str(dataset), **counts, "findings": [finding.to_dict() for finding in findings]}
+    counts = {severity: sum(f.severity == severity for f in seen.findings) for severity in _COLOURS}
+    result = {
+        "dataset": str(dataset),
+        "training_cases": seen.n_training,
+        "test_cases": seen.n_test,
+        **counts,
+        "findings": [finding.to_dict() for finding in seen.findings],
+    }
     typer.echo(dumps(result, indent=2))
 
 
-def _print_text(dataset: Path, findings: Sequence["Finding"]) -> None:
+def _print_text(dataset: Path, seen: "Examination") -> None:
     from rich.console import Console
 
+    findings = seen.findings
     console = Console(highlight=False)
     for severity in _COLOURS:
         group = [finding for finding in findings if finding.severity == severity]
         if group:
             console.print(f"[bold {_COLOURS[severity]}]{_count(len(group), severity)}[/]")
             _print_group(console, group)
-    console.print(_summary(dataset, findings), markup=False, soft_wrap=True)
+    console.print(_summary(dataset, seen), markup=False, soft_wrap=True)
 
 
 def _print_group(console: "Console", group: Sequence["Finding"]) -> None:
@@ -83,13 +91,14 @@ def _print_finding(console: "Console", finding: "Finding") -> None:
         console.print(Text("    " if number else "  - ") + part, soft_wrap=True)
 
 
-def _summary(dataset: Path, findings: Sequence["Finding"]) -> str:
-    if not findings:
-        return f"{dataset}: nothing wrong."
-    counts = [(severity, sum(f.severity == severity for f in findings)) for severity in _COLOURS]
+def _summary(dataset: Path, seen: "Examination") -> str:
+    cases = f"{_count(seen.n_training, 'training case')} and {_count(seen.n_test, 'test case')} looked at"
+    if not seen.findings:
+        return f"{dataset}: {cases}, nothing wrong."
+    counts = [(severity, sum(f.severity == severity for f in seen.findings)) for severity in _COLOURS]
     told = ", ".join(_count(count, severity) for severity, count in counts if count)
     ready = "can be trained on" if not dict(counts)["error"] else "mend the errors before training"
-    return f"{dataset}: {told}; {ready}."
+    return f"{dataset}: {cases}, {told}; {ready}."
 
 
 def _count(number: int, severity: str) -> str:

@@ -45,12 +45,27 @@ class Facts:
     lows: list[float] = field(default_factory=list)
     highs: list[float] = field(default_factory=list)
     bright: list[float] = field(default_factory=list)
+    constant: list[str] = field(default_factory=list)
     labels: set[int] | None = None
     is_test: bool = False
 
 
+@dataclass(frozen=True)
+class Examination:
+    """Findings, and how many cases were looked at."""
+
+    findings: list[Finding]
+    n_training: int = 0
+    n_test: int = 0
+
+
 def check_dataset(dataset_path: PathLike) -> list[Finding]:
-    """Find everything that is wrong with a dataset.
+    """Find everything that is wrong with a dataset; see :func:`examine_dataset`."""
+    return examine_dataset(dataset_path).findings
+
+
+def examine_dataset(dataset_path: PathLike) -> Examination:
+    """Look at every file of a dataset.
 
     Parameters
     ----------
@@ -59,13 +74,16 @@ def check_dataset(dataset_path: PathLike) -> list[Finding]:
 
     Returns
     -------
-    list of Finding
-        Errors first, then warnings, then infos; empty if all is well.
+    Examination
+        Findings: errors first, then warnings, then infos; none if all is well.
     """
     try:
         layout = read_layout(Path(dataset_path))
-    except (DataError, OSError) as error:
-        return [Finding("error", "", "layout", *_split(str(error)))]
+    except DataError as error:
+        return Examination([Finding("error", "", "layout", *_split(str(error)))])
+    except OSError as error:
+        message = f"{error.filename or dataset_path}: {error.strerror or error}"
+        return Examination([Finding("error", "", "layout", message, "Check the path and its permissions.")])
     findings = list(layout.findings)
     facts = []
     cases = [(case, False) for case in layout.training] + [(case, True) for case in layout.test]
@@ -73,7 +91,8 @@ def check_dataset(dataset_path: PathLike) -> list[Finding]:
         collector = _Collector(case.name, layout.folder, findings)
         facts.append(_check_case(case, layout, collector, is_test))
     _check_population(layout, facts, findings)
-    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
+    findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    return Examination(findings, len(layout.training), len(layout.test))
 
 
 class _Collector:
@@ -104,11 +123,14 @@ def _check_case(case: Case, layout: Layout, collector: _Collector, is_test: bool
         _check_image(volume, path, facts, collector)
         _check_same_grid(volume, path, facts, collector)
         channels += volume.channels
+    _tell_constant(facts, collector)
     if complete and channels != len(layout.channels):
         collector.add(
             "channel_count",
             f"has {channels} channels, {len(layout.channels)} are named ({', '.join(layout.channels)})",
-            "Correct channel_names; a 4D image counts as one channel per volume.",
+            "Correct channel_names; a 4D image counts as one channel per volume."
+            if layout.description
+            else "Give every case the same channels, or leave this one out.",
         )
     if case.label is not None and case.label.is_file():
         _check_label(case, layout, facts, collector)
@@ -124,7 +146,7 @@ def _try_read(path: Path, collector: _Collector) -> Volume | None:
         collector.add_error("unreadable", error)
     except OSError as error:
         collector.add(
-            "unreadable", f"{path.name}: {error.strerror or error}", "Check the file's permissions."
+            "unreadable", f"{path.name}: {error.strerror or error}", "Check the disk or network folder."
         )
     return None
 
@@ -141,12 +163,12 @@ def _check_image(volume: Volume, path: Path, facts: Facts, collector: _Collector
             "Replace them by a meaningful number, such as the background's.",
         )
     for number, channel in enumerate(array):
-        _note_intensity(channel, f"{path.name} channel {number}", facts, collector)
+        _note_intensity(channel, f"{path.name} channel {number}", facts)
     _check_grid(volume, path, collector)
 
 
-def _note_intensity(channel: Array, name: str, facts: Facts, collector: _Collector) -> None:
-    """Remember the range of one channel; one constant value is a finding."""
+def _note_intensity(channel: Array, name: str, facts: Facts) -> None:
+    """Remember the range of one channel."""
     values = channel.ravel(order="K")
     if values.dtype.kind == "f":
         values = values[np.isfinite(values)]
@@ -154,13 +176,18 @@ def _note_intensity(channel: Array, name: str, facts: Facts, collector: _Collect
         return
     low, high = float(values.min()), float(values.max())
     if low == high:
-        collector.add(
-            "constant", f"{name} has the value {low:g} everywhere", "Export the image again.", "warning"
-        )
+        facts.constant.append(f"{name} has the value {low:g} everywhere")
     some = np.abs(values[:: max(1, values.size // SAMPLED_VOXELS)].astype(np.float64))
     facts.lows.append(low)
     facts.highs.append(high)
     facts.bright.append(float(np.percentile(some, BRIGHT_PERCENTILE)))
+
+
+def _tell_constant(facts: Facts, collector: _Collector) -> None:
+    """A blank channel is a warning, a case with nothing to see an error."""
+    severity = "error" if len(facts.constant) == len(facts.lows) else "warning"
+    for message in facts.constant:
+        collector.add("constant", message, "Export the image again.", severity)
 
 
 def _check_grid(volume: Volume, path: Path, collector: _Collector) -> None:
@@ -202,7 +229,8 @@ def _check_label(case: Case, layout: Layout, facts: Facts, collector: _Collector
         collector.add_error("unreadable", error)
         return
     except OSError as error:
-        collector.add("unreadable", f"{case.label}: {error.strerror or error}", "Check its permissions.")
+        message = f"{case.label}: {error.strerror or error}"
+        collector.add("unreadable", message, "Check the disk or network folder.")
         return
     values = {int(value) for value in np.unique(label.array.ravel(order="K"))}
     facts.labels = values
@@ -224,7 +252,7 @@ def _check_label_values(values: set[int], layout: Layout, collector: _Collector)
         if unknown:
             collector.add(
                 "unknown_labels",
-                f"label holds {_some(unknown)}; dataset.json knows {_some(known.values)}",
+                f"label holds {_some(unknown)}; {layout.description_name} knows {_some(known.values)}",
                 "Add the values to 'labels', or correct the label map.",
             )
     empty = {0} if known is None or known.ignore is None else {0, known.ignore}
@@ -453,7 +481,7 @@ def _digest(array: Array) -> str:
 def _split(text: str) -> tuple[str, str]:
     """Cut an error's text into what is wrong and what to do (its last sentence)."""
     head, dot, tail = text.rstrip(".").rpartition(". ")
-    return (head, f"{tail}.") if dot else (text.rstrip("."), "See the message.")
+    return (head, f"{tail}.") if dot else (text.rstrip("."), "Correct the file.")
 
 
 def _some(items: Sequence[Any], most: int = 8) -> str:

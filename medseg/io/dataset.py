@@ -171,7 +171,8 @@ def read_image(case: Case) -> Volume:
     filled = 0
     while volumes:
         volume = volumes.pop(0)
-        array[filled : filled + volume.channels] = volume.array
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+            array[filled : filled + volume.channels] = volume.array
         filled += volume.channels
     return first.with_array(array)
 

@@ -66,13 +66,15 @@ def read(path: PathLike) -> Volume:
     """
     path = Path(path)
     reader = _lookup(path, READERS, "read")
-    _require_file(path)
     try:
+        _require_file(path)
         return reader(path)
     except MedsegError as error:
         if str(path.parent) in str(error):
             raise
         raise type(error)(f"{path}: {error}") from error
+    except PermissionError as error:
+        raise ReadError(f"{path}: may not be read. Change its permissions.") from error
     except MemoryError as error:
         raise ResourceError(f"{path}: does not fit in memory. Close other programs or crop it.") from error
     except Exception as error:
@@ -152,3 +154,5 @@ def _require_file(path: Path) -> None:
         raise ReadError(f"{path}: no such file. Check the path.")
     if path.stat().st_size == 0:
         raise ReadError(f"{path}: the file is empty. Copy or download it again.")
+    with path.open("rb"):
+        pass  # no permission is told here: some parsers call it a damaged file

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from medseg.config import read_mapping
-from medseg.errors import ConfigError, DatasetError, LabelError, MedsegError
+from medseg.config import read_mapping, read_text
+from medseg.errors import ConfigError, DatasetError, LabelError, MedsegError, ReadError
 from medseg.io.findings import Finding
 from medseg.io.formats import READERS, is_image, read, stem_of, suffix_of
 from medseg.io.itk import readable_by_itk
@@ -48,9 +48,7 @@ LONGEST_NAME = 200
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _BIDS_SUBJECT = re.compile(r"(sub-[A-Za-z0-9]+)_")
-_WRITE_JSON = (
-    'Write a dataset.json with "channel_names", "labels", "numTraining" and "file_ending" beside imagesTr.'
-)
+_COLUMNS = "case, image (or image_0, image_1, ...), label and, if you like, patient"
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,7 @@ class Layout:
     labels: LabelSet | None = None
     reader: str = ""
     findings: list[Finding] = field(default_factory=list)
+    places: dict[Path, str] = field(default_factory=dict)  # where a file is named: line and path as written
 
     @property
     def name(self) -> str:
@@ -106,6 +105,17 @@ class Layout:
         """Whether the cases are named in a file, rather than by what a folder holds."""
         return self.kind in ("msd", "csv") or "dataset" in self.description
 
+    @property
+    def description_name(self) -> str:
+        """Name of the description's file; the one to write where there is none."""
+        return next((name for name in DESCRIPTIONS if (self.folder / name).is_file()), DESCRIPTIONS[0])
+
+    @property
+    def folders(self) -> tuple[str, str]:
+        """Names of the folders of images and labels."""
+        plain = self.kind == "plain" and (self.root / FOLDERS[0][0]).is_dir()
+        return FOLDERS[0] if plain else FOLDERS[1]
+
     def add(self, case: str, code: str, message: str, remedy: str, severity: Any = "error") -> None:
         """Note a problem."""
         self.findings.append(Finding(severity, case, code, message, remedy))
@@ -118,8 +128,13 @@ def read_layout(path: Path) -> Layout:
     ------
     DatasetError
         `path` is none of them, or its description cannot be parsed.
+    ReadError
+        A folder or description may not be read.
     """
-    layout = _dispatch(path)
+    try:
+        layout = _dispatch(path)
+    except PermissionError as error:
+        raise ReadError(f"{error.filename or path}: may not be read. Change its permissions.") from error
     layout.training.sort(key=lambda case: case.name)
     layout.test.sort(key=lambda case: case.name)
     _name_patients(layout)
@@ -256,7 +271,9 @@ def _read_explicit(root: Path, description: dict[str, Any]) -> Layout:
     layout = Layout(root, "nnunet", description, file_ending=_ending(description))
     entries = description["dataset"]
     if not isinstance(entries, Mapping):
-        raise DatasetError(f"{root}: 'dataset' in dataset.json must map case names to images and label.")
+        raise DatasetError(
+            f"{root}: 'dataset' in dataset.json must map case names to images and label. Correct it."
+        )
     layout.channels = _channel_names(layout)
     for name, entry in entries.items():
         try:
@@ -380,10 +397,10 @@ def _read_manifest(path: Path) -> Layout:
     image_columns = image_columns or (["image"] if "image" in columns else [])
     if not image_columns:
         raise DatasetError(
-            f"{path}: has columns {', '.join(columns) or 'none'}; expected case, image (or image_0, "
-            "image_1, ...), label and, if you like, patient."
+            f"{path}: {_found(columns)}; expected {_COLUMNS}. Name the columns in the first line, then write "
+            "one line a case."
         )
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         images = tuple(path.parent / row[column] for column in image_columns if row.get(column))
         name = row.get("case") or (stem_of(images[0]) if images else f"line {number}")
         if len(images) < len(image_columns):
@@ -394,23 +411,32 @@ def _read_manifest(path: Path) -> Layout:
                 "Fill in the line.",
             )
         label = path.parent / row["label"] if row.get("label") else None
+        for column in (*image_columns, "label"):
+            if row.get(column):
+                place = f"{path.name} line {number}: {row[column]}"
+                layout.places.setdefault(path.parent / row[column], place)
         case = Case(name, images, label, row.get("patient") or "")
         (layout.training if label else layout.test).append(case)
     return layout
 
 
-def _read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise DatasetError(f"{path}: not readable as UTF-8 text ({error}). Save it as UTF-8 CSV.") from error
+def _read_rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
+    """Return the rows with their line numbers, and the columns."""
+    text = read_text(path)
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
     columns = [(name or "").strip().lower() for name in reader.fieldnames or []]
     reader.fieldnames = columns
-    rows = [{k: (v or "").strip() for k, v in row.items() if isinstance(k, str)} for row in reader]
-    return [row for row in rows if any(row.values())], columns
+    rows = [
+        (reader.line_num, {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)})
+        for row in reader
+    ]
+    return [(number, row) for number, row in rows if any(row.values())], columns
+
+
+def _found(columns: Sequence[str]) -> str:
+    return f"has the columns {_some(columns)}" if any(columns) else "the file is empty"
 
 
 def _column_number(column: str) -> int:
@@ -422,11 +448,15 @@ def _column_number(column: str) -> int:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError, RecursionError) as error:
+        data = json.loads(read_text(file))
+    except ReadError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{file}: not valid JSON ({error}). Mend the file.") from error
     if not isinstance(data, dict):
-        raise DatasetError(f"{file}: expected {{...}} at the top level, found {type(data).__name__}.")
+        raise DatasetError(
+            f"{file}: expected {{...}} at the top level, found {type(data).__name__}. Mend it."
+        )
     return data
 
 
@@ -529,7 +559,7 @@ def _complete(layout: Layout) -> None:
             f"Known: {' '.join(READERS)}.",
         )
     layout.channels = layout.channels or _channel_names(layout) or _guess_channels(layout)
-    layout.labels = _read_labels(layout)
+    layout.labels = _read_labels(layout) if layout.training else None
     layout.reader = _choose_reader(layout, images)
 
 
@@ -542,34 +572,53 @@ def _read_labels(layout: Layout) -> LabelSet | None:
             return LabelSet.parse(given, layout.description.get("regions_class_order"))
         if layout.kind in ("nnunet", "msd"):
             raise LabelError("labels: dataset.json does not name them")
-        return _scan_labels(layout)
     except (LabelError, ValueError, TypeError) as error:
-        layout.add("", "labels", str(error).rstrip("."), "Correct 'labels' in dataset.json.")
+        layout.add("", "labels", str(error).rstrip("."), f"Correct 'labels' in {layout.description_name}.")
         return None
+    return _scan_labels(layout)
 
 
-def _scan_labels(layout: Layout) -> LabelSet:
+def _scan_labels(layout: Layout) -> LabelSet | None:
     """Name the values that occur label_1, label_2, ...; needed only without a description."""
-    values: set[int] = set()
-    paths = [case.label for case in layout.training if case.label]
-    for path in progress(paths, "Reading labels"):
+    holders: dict[int, str] = {}  # value to the first case that holds it
+    labelled = [case for case in layout.training if case.label and case.label.is_file()]
+    for case in progress(labelled, "Reading labels"):
         try:
-            found = np.unique(read(path).array.ravel(order="K"))
+            found = np.unique(read(str(case.label)).array.ravel(order="K"))
         except MedsegError:
             continue  # checked and reported case by case
         if np.all(found == np.rint(found)):
-            values |= {int(value) for value in found}
-    foreground = sorted(values - {0})
-    if not foreground:
-        raise LabelError("labels: no label map holds anything but 0")
-    if foreground != list(range(1, len(foreground) + 1)):
-        raise LabelError(f"labels: the label maps hold the values {_some(foreground)}; expected 1, 2, 3, ...")
-    return LabelSet.parse({"background": 0, **{f"label_{value}": value for value in foreground}})
+            for value in found:
+                holders.setdefault(int(value), case.name)
+    foreground = sorted(set(holders) - {0})
+    odd = [value for value in foreground if not 1 <= value <= len(foreground)]
+    if odd:
+        layout.add(
+            "",
+            "labels",
+            f"the label maps hold the values {_some(foreground)}; expected whole numbers from 0 up without a "
+            f"gap, but {odd[0]} is in {holders[odd[0]]}",
+            "Renumber the values in the label maps.",
+        )
+    elif holders and not foreground:
+        layout.add(
+            "",
+            "labels",
+            "no label map holds anything but 0",
+            "Mark the objects in the label maps by the values 1, 2, ...",
+        )
+    elif not foreground:  # each label map has its own finding
+        layout.add("", "labels", "no label map could be read", "Add the label maps, or mend them.")
+    else:
+        return LabelSet.parse({"background": 0, **{f"label_{value}": value for value in foreground}})
+    return None
 
 
 def _guess_channels(layout: Layout) -> tuple[str, ...]:
     """Name each channel CT if most of a few images look like Hounsfield units, else MRI."""
     cases = [case for case in layout.training if case.images]
+    if not cases:
+        return ("MRI",)
     step = max(1, len(cases) // PROBED_IMAGES)
     votes: list[list[bool]] = []
     for case in cases[::step][:PROBED_IMAGES]:
@@ -584,7 +633,7 @@ def _guess_channels(layout: Layout) -> tuple[str, ...]:
         "",
         "channel_names",
         f"no description names the channels: {', '.join(names) or 'MRI'} is taken from the values",
-        'Put a dataset.json with "channel_names" and "labels" beside the folders to say it yourself.',
+        'Put a dataset.json with "channel_names" and "labels" beside them to say it yourself.',
         "info",
     )
     return names or ("MRI",)
@@ -642,7 +691,7 @@ def _check_partners(layout: Layout) -> None:
     for name in (name for name, count in counts.items() if count > 1):
         layout.add(name, "duplicate_case", f"is listed {counts[name]} times", "Give each case its own name.")
     if not layout.training:
-        layout.add("", "no_cases", "there is no training case", _WRITE_JSON)
+        layout.add("", "no_cases", "there is no training case", _how_to_add(layout))
     promised = layout.description.get("numTraining")
     if isinstance(promised, int) and promised != len(layout.training) and layout.kind != "csv":
         layout.add(
@@ -654,7 +703,21 @@ def _check_partners(layout: Layout) -> None:
         )
 
 
+def _how_to_add(layout: Layout) -> str:
+    images, labels = layout.folders
+    if layout.kind == "csv":
+        return "Add a line with case, image and label."
+    if layout.lists_cases:
+        return "List the cases in dataset.json."
+    name = f"CASE_0000{layout.file_ending}" if layout.kind == "nnunet" else "CASE.nii.gz"
+    label = f"CASE{layout.file_ending}" if layout.kind == "nnunet" else "CASE.nii.gz"
+    return f"Put images such as {name} into {images} and label maps such as {label} into {labels}."
+
+
 def _check_files(layout: Layout, case: Case, needs_label: bool) -> None:
+    if layout.lists_cases:
+        _check_listed_files(layout, case, needs_label)
+        return
     missing = [path for path in case.images if not path.is_file()]
     if not case.images or len(missing) == len(case.images):
         layout.add(
@@ -672,12 +735,30 @@ def _check_files(layout: Layout, case: Case, needs_label: bool) -> None:
         )
     if needs_label and (case.label is None or not case.label.is_file()):
         expected = f" ({_named(case.label)})" if case.label else ""
+        elsewhere = "images_test" if layout.folders[0] == "images" else "imagesTs"
         layout.add(
             case.name,
             "missing_label",
             f"the image has no label{expected}",
-            "Add the label map, or move the image to imagesTs.",
+            f"Add the label map, or move the image to {elsewhere}.",
         )
+
+
+def _check_listed_files(layout: Layout, case: Case, needs_label: bool) -> None:
+    """Note each file that is named in a list but does not exist."""
+    wanted = [("missing_image", path) for path in case.images]
+    if needs_label and case.label is None:
+        layout.add(case.name, "missing_label", "is listed without a label", "Add the label map to the list.")
+    elif needs_label and case.label is not None:
+        wanted.append(("missing_label", case.label))
+    for code, path in wanted:
+        if not path.is_file():
+            place = layout.places.get(path, f"{layout.description_name}: {_relative(path, layout.folder)}")
+            layout.add(case.name, code, f"{place} does not exist", "Correct the path.")
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def _named(path: Path | None) -> str:

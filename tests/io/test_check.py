@@ -124,7 +124,7 @@ FAULTS = {
     ),
     "constant image": (
         lambda f: replace_image(f, Volume(np.full(GRID.shape, 7, np.int16), GRID)),
-        ("warning", "a", "constant"),
+        ("error", "a", "constant"),
         "has the value 7 everywhere",
     ),
     "copy of another image": (
@@ -377,3 +377,76 @@ def test_progress_is_reported_and_cancelling_works(raw) -> None:
     with listening(counter):
         check_dataset(raw())
     assert counter.steps == 3
+
+
+def test_a_blank_channel_beside_a_good_one_is_only_a_warning(raw) -> None:
+    folder = raw(channels=2)
+    write(Volume(np.zeros(GRID.shape, np.int16), GRID), folder / "imagesTr" / "a_0001.nii.gz")
+    assert ("warning", "a", "constant") in codes(check_dataset(folder))
+
+
+def manifest(folder: Path, *lines: str) -> list[str]:
+    (folder / "m.csv").write_text("\n".join(("case,image,label", *lines)))
+    return [str(finding) for finding in check_dataset(folder / "m.csv") if finding.severity == "error"]
+
+
+def test_a_manifest_tells_each_missing_file_once_with_its_line(raw) -> None:
+    folder = raw()
+    good = "a,imagesTr/a_0000.nii.gz,labelsTr/a.nii.gz"
+    errors = manifest(folder, good, "", "b,hip/nope.nii.gz,labelsTr/b.nii.gz")
+    assert errors == ["b: m.csv line 4: hip/nope.nii.gz does not exist. Correct the path."]
+    errors = manifest(folder, good, "c,imagesTr/c_0000.nii.gz,labels/nope.nii.gz")
+    assert errors == ["c: m.csv line 3: labels/nope.nii.gz does not exist. Correct the path."]
+
+
+def test_an_empty_manifest_is_told_its_columns(tmp_path: Path) -> None:
+    for text in ("", "a,b\n1,2\n"):
+        (tmp_path / "m.csv").write_text(text)
+        (finding,) = check_dataset(tmp_path / "m.csv")
+        assert finding.remedy == "Name the columns in the first line, then write one line a case."
+    assert manifest(tmp_path) == ["there is no training case. Add a line with case, image and label."]
+
+
+@pytest.mark.parametrize(("values", "says"), [((1, 7), "7 is in b"), ((), "Mark the objects")])
+def test_remedies_for_plain_folders_name_no_file_that_is_not_there(
+    tmp_path: Path, values: tuple[int, ...], says: str
+) -> None:
+    for number, name in enumerate("ab"):
+        write(image(number), tmp_path / "images" / f"{name}.nii.gz")
+        write(label(values=values if name == "b" else values[:1]), tmp_path / "labels" / f"{name}.nii.gz")
+    errors = [str(finding) for finding in check_dataset(tmp_path) if finding.code == "labels"]
+    assert len(errors) == 1
+    assert says in errors[0]
+    assert "dataset.json" not in errors[0]
+
+
+def test_negative_labels_of_plain_folders_name_the_case(tmp_path: Path) -> None:
+    write(image(1), tmp_path / "images" / "a.nii.gz")
+    array = label(values=(1,)).array[0].astype(np.int16)
+    array[1, 1, 1] = -1
+    write(Volume(array, GRID), tmp_path / "labels" / "a.nii.gz")
+    assert any("-1 is in a. Renumber" in str(finding) for finding in check_dataset(tmp_path))
+
+
+def test_empty_folders_are_told_what_to_put_where(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    assert [str(finding) for finding in check_dataset(tmp_path)] == [
+        "there is no training case. Put images such as CASE.nii.gz into images and label maps such as "
+        "CASE.nii.gz into labels."
+    ]
+
+
+def test_a_file_without_permission_is_not_called_damaged(raw, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = raw()
+    original = Path.open
+
+    def guarded(path: Path, *args: object, **kwargs: object) -> object:
+        if path.name == "b_0000.nii.gz":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    (finding,) = check_dataset(folder)
+    assert (finding.case, finding.code) == ("b", "unreadable")
+    assert finding.remedy == "Change its permissions."

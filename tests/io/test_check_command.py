@@ -26,7 +26,7 @@ def app() -> typer.Typer:
 def test_a_healthy_dataset_exits_with_0(raw, app: typer.Typer) -> None:
     result = runner.invoke(app, [str(raw())])
     assert result.exit_code == 0
-    assert result.stdout.strip().endswith("nothing wrong.")
+    assert result.stdout.strip().endswith("3 training cases and 0 test cases looked at, nothing wrong.")
 
 
 def test_errors_exit_with_4_and_warnings_with_0(raw, app: typer.Typer) -> None:
@@ -67,6 +67,7 @@ def test_json_is_alone_on_stdout(raw, app: typer.Typer) -> None:
     result = runner.invoke(app, [str(folder), "--json"])
     assert result.exit_code == 4
     content = json.loads(result.stdout)
+    assert (content["training_cases"], content["test_cases"]) == (3, 0)
     assert (content["error"], content["warning"], content["info"]) == (1, 0, 0)
     assert content["findings"][0] == {
         "severity": "error",

@@ -295,7 +295,7 @@ def test_what_is_no_dataset_is_told_the_layouts(tmp_path: Path) -> None:
 def test_label_values_with_gaps_are_not_guessed(tmp_path: Path) -> None:
     write(image(1), tmp_path / "images" / "a.nii.gz")
     write(label(values=(1, 7)), tmp_path / "labels" / "a.nii.gz")
-    with pytest.raises(LabelError, match=r"the label maps hold the values 1, 7; expected 1, 2, 3"):
+    with pytest.raises(LabelError, match=r"the label maps hold the values 1, 7; .* but 7 is in a"):
         open_dataset(tmp_path)
 
 
