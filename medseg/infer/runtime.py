@@ -71,7 +71,9 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ConfigError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps.") from error
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device.type, False):
-        raise ConfigError(f"device {name!r}: this machine or this build of torch has none. Use --device cpu.")
+        raise ConfigError(f"device {name!r}: this machine or this build of torch has none. Use auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()}, counted from 0.")
     return device
 
 
