@@ -49,7 +49,8 @@ def extract_fingerprint(dataset: "Dataset", exact: bool = True) -> Fingerprint:
     Raises
     ------
     DatasetError
-        There is no labelled training case, an image holds NaN, or no case has any foreground.
+        There is no labelled training case, an image holds NaN or infinity, all images are blank, or no
+        case has any foreground.
     """
     cases = [case for case in dataset.training if case.label is not None]
     if not cases:
@@ -65,6 +66,11 @@ def extract_fingerprint(dataset: "Dataset", exact: bool = True) -> Fingerprint:
         for channel, voxels in zip(statistics, look.foreground, strict=True):
             channel.add(voxels, n_samples, random, last=channel is statistics[-1])
         look.foreground.clear()
+    if all(look.blank for look in looks):
+        raise DatasetError(
+            f"{dataset.name}: every image has one value everywhere. Export the images again; `medseg check` "
+            "lists all."
+        )
     with task("intensity statistics", n_channels) as running:
         intensity = {}
         for index, channel in enumerate(statistics):
@@ -85,6 +91,7 @@ class _Look:
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
     relative_size: float
+    blank: bool
     foreground: list[FloatArray]
 
 
@@ -97,6 +104,7 @@ def _look_at(case: "Case", reader: str, n_channels: int) -> _Look:
         raise DatasetError(
             f"{case.name}: {image.channels} channels, the dataset has {n_channels}. Mend its image files."
         )
+    _require_finite(case.name, image.array)
     array = image.array.transpose(0, 3, 2, 1)  # reader order: the random draws depend on it
     nonzero = array[0] != 0
     for channel in array[1:]:
@@ -104,14 +112,27 @@ def _look_at(case: "Case", reader: str, n_channels: int) -> _Look:
     box = box_slices(bounding_box(nonzero))
     mask = label.array[0].transpose(2, 1, 0)[box] > 0
     foreground = [np.asarray(channel[box][mask], dtype=np.float32) for channel in array]
-    if any(np.isnan(values).any() for values in foreground):
-        raise DatasetError(f"{case.name}: the image holds NaN. Replace them; `medseg check` lists all cases.")
     return _Look(
         shape=mask.shape,
         spacing=_reader_spacing(image.spacing, image.shape, reader),
         relative_size=mask.size / nonzero.size,
+        blank=all(_is_constant(channel) for channel in array),
         foreground=foreground,
     )
+
+
+def _require_finite(name: str, array: Array) -> None:
+    wrong = sum(channel.size - int(np.count_nonzero(np.isfinite(channel))) for channel in array)
+    if wrong:
+        raise DatasetError(
+            f"{name}: the image holds {wrong} NaN or infinite voxels. Repair it; `medseg check` lists all."
+        )
+
+
+def _is_constant(channel: Array) -> bool:
+    first = channel[0, 0, 0]
+    some = channel[::7, ::7, ::7]  # tells most images apart without looking at all voxels
+    return bool((some == first).all() and (channel == first).all())
 
 
 def _reader_spacing(spacing: tuple[float, ...], shape: tuple[int, ...], reader: str) -> tuple[float, ...]:

@@ -4,11 +4,11 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from medseg.config import read_text
 from medseg.errors import DatasetError
 from medseg.types import PathLike
 
@@ -115,7 +115,11 @@ def choose_split(
         return splits[fold]
     if len({case.patient for case in cases}) < 2:
         return splits[0]
-    logger.warning("fold %d: only %d splits, so a random 80:20 split is used.", fold, len(splits))
+    logger.warning(
+        "fold %d: there are only folds 0 to %d, so as in nnU-Net a random 80:20 split of its own is used.",
+        fold,
+        len(splits) - 1,
+    )
     return _random_split(cases, fold)
 
 
@@ -136,13 +140,17 @@ def read_splits(path: PathLike, names: Sequence[str]) -> list[Split]:
     ------
     DatasetError
         It does not parse, names cases that are not in `names`, or leaves a side empty.
+    ReadError
+        The file is missing or unreadable.
     """
+    text = read_text(path)
     try:
-        content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        content: Any = json.loads(text)
         splits = [Split(tuple(map(str, item["train"])), tuple(map(str, item["val"]))) for item in content]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DatasetError(
-            f'{path}: expected JSON of the form [{{"train": [...], "val": [...]}}, ...] ({error}).'
+            f'{path}: expected JSON of the form [{{"train": [...], "val": [...]}}, ...]. Pass nnU-Net\'s '
+            "splits_final.json or write one like it."
         ) from error
     for index, split in enumerate(splits):
         _check_split(f"{path}, split {index}", split, set(names))

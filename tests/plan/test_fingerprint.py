@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg.errors import DatasetError
-from medseg.io import open_dataset
+from medseg.io import Dataset, open_dataset, write
 from medseg.plan import ChannelStats, Fingerprint, extract_fingerprint
 from medseg.plan import fingerprint as module
+from medseg.volume import Geometry, Volume
 
 
 @pytest.mark.parametrize("name", ["hippocampus", "aniso_ct", "two_channel_mr", "sagittal_ct"])
@@ -138,3 +139,33 @@ def test_no_foreground_anywhere_is_an_error() -> None:
 def test_pictures_get_a_coarse_third_axis() -> None:
     assert module._reader_spacing((1.0, 1.0, 1.0), (700, 520, 1), "NaturalImage2DIO") == (999.0, 1.0, 1.0)
     assert module._reader_spacing((1.0, 2.0, 3.0), (70, 52, 9), "SimpleITKIO") == (3.0, 2.0, 1.0)
+
+
+def small_dataset(folder: Path, arrays: list[np.ndarray]) -> Dataset:
+    names = [f"c{number}" for number in range(len(arrays))]
+    for name, array in zip(names, arrays, strict=True):
+        mask = np.zeros(array.shape, np.uint8)
+        mask[1:3, 1:3, 1:3] = 1
+        geometry = Geometry(array.shape, np.eye(4))
+        write(Volume(array.astype(np.float32), geometry), folder / "images" / f"{name}.nii.gz")
+        write(Volume(mask, geometry), folder / "labels" / f"{name}.nii.gz")
+    return open_dataset(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("exact", [True, False])
+def test_nan_and_infinity_name_the_case_wherever_they_are(tmp_path: Path, value: float, exact: bool) -> None:
+    good = np.random.default_rng(0).normal(size=(6, 6, 6))
+    bad = good.copy()
+    bad[5, 5, 4:] = value  # outside the foreground
+    with pytest.raises(DatasetError, match=r"c1: the image holds 2 NaN or infinite voxels\. Repair it"):
+        extract_fingerprint(small_dataset(tmp_path, [good, bad]), exact)
+
+
+def test_blank_images_have_no_fingerprint_unless_one_shows_something(tmp_path: Path) -> None:
+    blank = np.zeros((6, 6, 6))
+    with pytest.raises(DatasetError, match="every image has one value everywhere"):
+        extract_fingerprint(small_dataset(tmp_path / "a", [blank, blank + 3]), exact=False)
+    seen = blank.copy()
+    seen[1, 2, 3] = 5.0
+    assert extract_fingerprint(small_dataset(tmp_path / "b", [blank, seen]), exact=False)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medseg.errors import DatasetError
+from medseg.errors import DatasetError, ReadError
 from medseg.plan import Split, choose_split, make_splits
 
 
@@ -81,10 +81,10 @@ def test_all_trains_and_validates_on_everything() -> None:
 def test_a_fold_beyond_the_splits_is_a_seeded_80_20_split(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         split = choose_split(cases(10), 7)
+    assert caplog.text.count("there are only folds 0 to 4, so as in nnU-Net a random 80:20 split") == 1
     # numpy.random.RandomState(12345 + 7).choice(10, 8, replace=False), as in nnU-Net's do_split
     assert (len(split.train), len(split.val)) == (8, 2)
     assert split == choose_split(cases(10), 7) != choose_split(cases(10), 8)
-    assert "80:20" in caplog.text
 
 
 def test_a_negative_fold_is_refused() -> None:
@@ -113,3 +113,8 @@ def test_a_bad_splits_file_is_one_clear_error(tmp_path: Path, content: str, matc
     path.write_text(content)
     with pytest.raises(DatasetError, match=match):
         choose_split(cases(4), 0, path)
+
+
+def test_a_missing_splits_file_is_a_read_error_like_any_other(tmp_path: Path) -> None:
+    with pytest.raises(ReadError, match=r"none\.json: no such file\. Check the path\."):
+        choose_split(cases(4), 0, tmp_path / "none.json")
