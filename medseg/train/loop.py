@@ -199,7 +199,7 @@ class Session:
         """One optimiser step on this process's share of a batch."""
         config = self.job.config
         set_learning_rate(self.optimizer, config, fraction)
-        images = _to_device(images, self.fabric.device)
+        images = images.to(self.fabric.device, non_blocking=True)
         outputs = self.network(images)
         loss = total_loss(outputs, segs.to(self.fabric.device), self.job, self.fabric.world_size > 1)
         self.optimizer.zero_grad(set_to_none=True)
@@ -251,7 +251,7 @@ class Session:
         with torch.inference_mode(), self.fabric.autocast():
             stream = validation_batches(sampler, self.job.config.val_samples, size, *shares)
             for images, segs in stream:
-                outputs = network(_to_device(images, self.fabric.device))
+                outputs = network(images.to(self.fabric.device, non_blocking=True))
                 logits = outputs[0] if isinstance(outputs, list | tuple) else outputs
                 counts += overlap_counts(logits, segs.to(logits.device), self.job.labels)
         network.train()
@@ -406,13 +406,6 @@ def overlap_counts(logits: Tensor, segs: Tensor, labels: LabelSet) -> Tensor:
 def _compiled(network: nn.Module, config: TrainConfig, fabric: Any) -> nn.Module:
     on = config.compile == "on" or (config.compile == "auto" and fabric.device.type == "cuda")
     return cast(nn.Module, torch.compile(network)) if on else network
-
-
-def _to_device(images: Tensor, device: torch.device) -> Tensor:
-    """Move a batch; channels last is 10 % faster for 3D convolutions in bf16 on a CPU."""
-    if images.ndim == 5 and device.type == "cpu":
-        return images.contiguous(memory_format=torch.channels_last_3d)
-    return images.to(device, non_blocking=True)
 
 
 def _all_nan(dice: dict[str, float]) -> bool:

@@ -189,9 +189,7 @@ def mirror_axes(setup: Setup, store: Store) -> tuple[int, ...]:
     sided = setup.plan.labels.sided
     if not sided:
         return axes
-    forbidden = {
-        store.open(case.name).record.left_right_axis - (3 - dims) for case in setup.train
-    }
+    forbidden = {store.open(case.name).record.left_right_axis - (3 - dims) for case in setup.train}
     return tuple(a for a in axes if a not in forbidden)
 
 
@@ -236,15 +234,12 @@ def _in_channels(setup: Setup) -> int:
 
 
 def _build(setup: Setup) -> torch.nn.Module:
-    network = build_network(
+    return build_network(
         setup.settings.architecture,
         _in_channels(setup),
         setup.plan.labels.n_outputs,
         setup.config.loss.deep_supervision,
     )
-    if setup.settings.dimensions == 3:
-        network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return network
 
 
 def _start_from(network: torch.nn.Module, path: Path) -> None:
