@@ -143,8 +143,9 @@ class Volume:
         import torch
         from monai.data import MetaTensor
 
+        # A copy: torch takes no negative strides and warns of read-only memory.
         tensor = MetaTensor(
-            torch.as_tensor(np.ascontiguousarray(self.array)), affine=torch.tensor(self.geometry.affine)
+            torch.from_numpy(self.array.copy(order="C")), affine=torch.tensor(self.geometry.affine)
         )
         tensor.meta["unit"] = self.geometry.unit
         return tensor
