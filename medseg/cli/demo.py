@@ -175,7 +175,7 @@ def _story(result: Mapping[str, Any]) -> tuple[str, ...]:
         "The patients are phantoms: abdomens drawn by medseg.phantom with known truth, no two alike. Their "
         "figures show that the pipeline works; they say nothing about real patients.",
         f"Mean Dice of liver, spleen and kidneys is {result['organ_dice']:.3f}. Lesions are counted apart: "
-        f"{dice['lesion']:.3f}. They are few voxels of low contrast, and minutes of training are few for them.",
+        f"{dice['lesion']:.3f}. They are few voxels of low contrast, and minutes of training are few.",
         "With your own data: medseg check, plan, train, predict, evaluate; the README shows the five lines.",
     )
 
