@@ -365,7 +365,8 @@ def _reason(case: Case, error: Exception) -> str:
         return f"{case.name}: memory ran out. Close other programs, or predict on another device."
     if isinstance(error, MedsegError):
         text = str(error)
-        return text if case.name in text else f"{case.name}: {text}"
+        named = text.startswith(f"{case.name}:") or any(path.name in text for path in case.images)
+        return text if named else f"{case.name}: {text}"
     if isinstance(error, OSError):
         return f"{case.name}: {error.filename or 'a file'}: {error.strerror or error}. Check its permissions."
     return f"{case.name}: {type(error).__name__}: {error}. Run `medseg check` on the folder."

@@ -294,6 +294,13 @@ def test_a_case_with_more_channels_than_the_model_takes_is_a_row(bundle, images,
     assert not list((tmp_path / "out").glob("ben*"))
 
 
+def test_a_row_names_its_case_however_short_the_name(bundle, tmp_path):
+    for channel in (0, 1):
+        write(image(), tmp_path / "images" / f"x_000{channel}.nii.gz")
+    results = predict_folder(tmp_path / "images", bundle, tmp_path / "out", **FAST)
+    assert results[0].error.startswith("x: image has 2 channels")
+
+
 def test_numbered_cases_are_not_taken_for_channels(bundle, tmp_path):
     for number in (1, 2):
         write(image(seed=number), tmp_path / "images" / f"case_{number:04d}.nii.gz")

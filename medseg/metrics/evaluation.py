@@ -177,7 +177,8 @@ def evaluate(
     measured, failures = _measure_all(pairing.pairs, label_set, metrics, nsd_mm)
     failures += tuple(_missing(name) for name in pairing.references_alone)
     if not measured:
-        raise DatasetError(f"none of the {len(failures)} cases could be measured. First: {failures[0].error}")
+        first = f"{failures[0].case}: {failures[0].error}"
+        raise DatasetError(f"none of the {len(failures)} cases could be measured. First: {first}")
     targets = label_set.foreground if label_set else found_labels(v for m in measured for v in m.values)
     rows = tuple(row for case in measured for row in _rows(case, targets, metrics))
     return Evaluation(
