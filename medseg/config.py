@@ -94,10 +94,12 @@ def read_text(path: PathLike) -> str:
     try:
         if path.is_dir():
             raise ReadError(f"{path}: is a folder; expected a file. Give the path of a file.")
-        if path.stat().st_size > LARGEST_FILE:
+        with path.open("rb") as stream:
+            content = stream.read(LARGEST_FILE + 1)  # bounded: a device has no size and no end
+        if len(content) > LARGEST_FILE:
             limit = LARGEST_FILE // 2**20
             raise ReadError(f"{path}: is larger than {limit} MB, so it holds no settings. Check the path.")
-        return path.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig")
     except FileNotFoundError as error:
         raise ReadError(f"{path}: no such file. Check the path.") from error
     except PermissionError as error:

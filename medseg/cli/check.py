@@ -92,7 +92,8 @@ def _print_finding(console: "Console", finding: "Finding") -> None:
 
 
 def _summary(dataset: Path, seen: "Examination") -> str:
-    cases = f"{_count(seen.n_training, 'training case')} and {_count(seen.n_test, 'test case')} looked at"
+    test = f" and {_count(seen.n_test, 'test case')}" if seen.n_test else ""
+    cases = f"{_count(seen.n_training, 'training case')}{test} looked at"
     if not seen.findings:
         return f"{dataset}: {cases}, nothing wrong."
     counts = [(severity, sum(f.severity == severity for f in seen.findings)) for severity in _COLOURS]

@@ -154,7 +154,7 @@ def _try_read(path: Path, collector: _Collector) -> Volume | None:
 def _check_image(volume: Volume, path: Path, facts: Facts, collector: _Collector) -> None:
     array = volume.array
     facts.digest[path.name] = _digest(array)
-    finite = np.isfinite(array) if array.dtype.kind == "f" else None
+    finite = _finite(array) if array.dtype.kind == "f" else None
     if finite is not None and not finite.all():
         count = int(array.size - np.count_nonzero(finite))
         collector.add(
@@ -165,6 +165,12 @@ def _check_image(volume: Volume, path: Path, facts: Facts, collector: _Collector
     for number, channel in enumerate(array):
         _note_intensity(channel, f"{path.name} channel {number}", facts)
     _check_grid(volume, path, collector)
+
+
+def _finite(array: Array) -> Array:
+    """Return which voxels are finite once they are float32, the type of all computations."""
+    with np.errstate(over="ignore"):
+        return np.isfinite(array.astype(np.float32, copy=False))
 
 
 def _note_intensity(channel: Array, name: str, facts: Facts) -> None:

@@ -450,3 +450,11 @@ def test_a_file_without_permission_is_not_called_damaged(raw, monkeypatch: pytes
     (finding,) = check_dataset(folder)
     assert (finding.case, finding.code) == ("b", "unreadable")
     assert finding.remedy == "Change its permissions."
+
+
+def test_values_beyond_float32_count_as_infinite(raw) -> None:
+    folder = raw()
+    array = image(1).array.astype(np.float64)
+    array[0, 0, 0, :2] = 1e300
+    write(Volume(array, GRID), folder / "imagesTr" / "a_0000.nii.gz")
+    assert ("error", "a", "not_finite") in codes(check_dataset(folder))
