@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -235,24 +236,49 @@ def test_every_dependency_is_pinned() -> None:
     assert not missing
 
 
+# Being listed is being tested: each table of names with the test that every entry must pass.
 REGISTRIES = {
-    "medseg.nets": "NETS",
-    "medseg.io": "READERS",
-    "medseg.metrics": "METRICS",
-    "medseg.plan": "PRESETS",
-    "medseg.train": "RECIPES",
+    "medseg.nets:NETS": "nets.test_nets:test_logits_have_the_shape_of_the_patch",
+    "medseg.io:READERS": "io.test_formats:test_a_file_of_something_else_is_one_sentence_with_its_name",
+    "medseg.io:WRITERS": "io.test_formats:test_a_written_volume_is_read_back_with_values_type_and_grid",
+    "medseg.metrics:METRICS": "metrics.test_registry:test_a_perfect_prediction_has_the_best_value",
+    "medseg.plan:PRESETS": "plan.test_laws:test_every_plan_fits_its_network_and_its_memory",
+    "medseg.preprocess.normalize:NORMALIZERS": (
+        "preprocess.test_normalize:test_every_scheme_works_in_place_and_stays_finite_on_a_constant_image"
+    ),
+    "medseg.train:RECIPES": "train.test_recipes:test_a_recipe_survives_the_disk",
 }
 
 
-@pytest.mark.parametrize(("module", "name"), REGISTRIES.items())
-def test_every_registry_has_a_conformance_test(module: str, name: str) -> None:
-    registry = getattr(importlib.import_module(module), name)
-    assert registry
-    tests = ROOT / "tests" / module.split(".")[1]
-    pattern = re.compile(rf"(parametrize|sampled_from)\([^\n]*\n?[^\n]*\b{name}\b")
-    assert any(pattern.search(path.read_text()) for path in tests.rglob("test_*.py")), (
-        f"parametrize a test over {module}.{name}: being listed is being tested"
+def named(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def parametrized_over(test: Any) -> list[set[str]]:
+    """Return the values that each argument of a test is given by ``parametrize``."""
+    found = []
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            rows = [row if isinstance(row, tuple) else (row,) for row in mark.args[1]]
+            found += [{str(value) for value in column} for column in zip(*rows, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("registry", REGISTRIES)
+def test_every_registry_has_a_conformance_test(registry: str) -> None:
+    table, test = named(registry), named(f"tests.{REGISTRIES[registry]}")
+    assert table
+    assert set(table) in parametrized_over(test), f"parametrize {test.__name__} over {registry}"
+
+
+def test_every_registry_is_known_here() -> None:
+    """A table of callables or settings in capitals is a registry, wherever it is written."""
+    pattern = re.compile(
+        r"^([A-Z]+): dict\[[^=]*(?:Callable|Builder|Normalizer|Rules|Config|Metric)[^=]*= ", re.M
     )
+    found = {name for path in SOURCES for name in pattern.findall(path.read_text(encoding="utf-8"))}
+    assert found == {registry.split(":")[1] for registry in REGISTRIES}
 
 
 def readme_commands() -> list[list[str]]:

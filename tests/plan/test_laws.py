@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,8 +36,9 @@ def description(n_training: int) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=60, deadline=None)
-@given(seen=fingerprints(), preset=st.sampled_from(list(PRESETS)), n=st.integers(1, 500))
+@pytest.mark.parametrize("preset", PRESETS)
+@settings(max_examples=12, deadline=None)
+@given(seen=fingerprints(), n=st.integers(1, 500))
 def test_every_plan_fits_its_network_and_its_memory(seen: Fingerprint, preset: str, n: int) -> None:
     plan = plan_dataset(seen, info_of(description(n)), preset)
     rules = PRESETS[plan.preset]
