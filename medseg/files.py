@@ -49,12 +49,7 @@ def check_writable(path: PathLike, folder: bool = False) -> None:
     """
     path = Path(path)
     with _said(path, path, *path.parents):
-        _check_kind(path, folder)
-        nearest = path.absolute() if folder else path.absolute().parent
-        while not nearest.exists() and nearest != nearest.parent:
-            nearest = nearest.parent
-        if not nearest.is_dir():
-            raise OutputError(f"{path}: cannot be written, since {nearest} is a file. {_ELSEWHERE}")
+        nearest = _nearest_folder(path, folder)
         with tempfile.NamedTemporaryFile(dir=nearest, prefix=".medseg-"):
             pass
 
@@ -78,6 +73,8 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         with _said(path, temporary):
+            temporary.touch()  # libraries have errors of their own for what is said here
+            temporary.unlink()
             yield temporary
             os.replace(temporary, path)
     finally:
@@ -107,15 +104,22 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
 
 def _make_parent(path: Path, folder: bool) -> None:
     with _said(path, path, *path.parents):
-        _check_kind(path, folder)
+        _nearest_folder(path, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _check_kind(path: Path, folder: bool) -> None:
+def _nearest_folder(path: Path, folder: bool) -> Path:
+    """Return the first folder on the way up from an output; refuse what stands in the way."""
     if folder and path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file; expected a folder for the results. {_ELSEWHERE}")
     if not folder and path.is_dir():
         raise OutputError(f"{path}: is a folder; expected the name of a file. {_ELSEWHERE}")
+    nearest = path.absolute() if folder else path.absolute().parent
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise OutputError(f"{path}: cannot be written, since {nearest} is a file. {_ELSEWHERE}")
+    return nearest
 
 
 @contextmanager

@@ -80,6 +80,11 @@ def test_a_place_that_can_be_written_is_left_as_it_was(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_library_is_not_asked_to_write_where_nobody_can() -> None:
+    with pytest.raises(OutputError), atomic_path("/proc/a.nrrd"):
+        raise RuntimeError("what a library says")
+
+
 def test_an_input_that_is_missing_is_not_said_of_the_output(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a"):
         (tmp_path / "input").read_text()
