@@ -45,6 +45,9 @@ def demo(
 
     Steps that OUT already holds are not done again; remove the folder to start anew.
     """
+    from medseg.files import check_writable
+
+    check_writable(out, folder=True)
     run = Run(out, minutes)
     dataset = run.dataset()
     plan = run.plan(dataset)

@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 
 from medseg.errors import ConfigError, TrainingError
-from medseg.infer import cpu_has_bf16
+from medseg.infer import choose_device, cpu_has_bf16
 from medseg.train.config import TrainConfig
 
 LOCK_FILE = "running.lock"
@@ -73,11 +73,7 @@ def launch(config: TrainConfig, batch_size: int, device: str) -> Any:
             f"batch_size {batch_size} cannot be shared by {world} processes. "
             f"Set batch_size={-(-batch_size // world) * world}."
         )
-    accelerator = device
-    if device == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if accelerator not in ("cpu", "cuda", "mps") or not _is_there(accelerator):
-        raise ConfigError(f"device {device!r}: is not available here. Use auto or cpu.")
+    accelerator = choose_device(device).type
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     fabric = Fabric(
         accelerator=accelerator,
@@ -88,12 +84,6 @@ def launch(config: TrainConfig, batch_size: int, device: str) -> Any:
     )
     fabric.launch()
     return fabric
-
-
-def _is_there(accelerator: str) -> bool:
-    if accelerator == "cuda":
-        return torch.cuda.is_available()
-    return accelerator == "cpu" or torch.backends.mps.is_available()
 
 
 def _precision(wanted: str, accelerator: str) -> Any:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from medseg.config import override
 from medseg.errors import ConfigError
 from medseg.train.config import (
     AugmentConfig,
@@ -53,8 +52,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig
         No such recipe or file, or an override names an unknown key.
     """
     if name_or_path in RECIPES:
-        values = RECIPES[name_or_path].to_dict()
-        return TrainConfig.from_dict(override(values, overrides), f"recipe {name_or_path}")
+        return RECIPES[name_or_path].with_overrides(overrides, f"recipe {name_or_path}")
     if Path(name_or_path).is_file():
         return TrainConfig.load(name_or_path, overrides)
     raise ConfigError(f"recipe {name_or_path!r}: expected {', '.join(RECIPES)} or a YAML file.")

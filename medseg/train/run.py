@@ -17,6 +17,7 @@ import torch
 
 from medseg.bundle import Bundle, load_bundle, save_bundle
 from medseg.errors import ConfigError, DatasetError
+from medseg.files import check_writable
 from medseg.geometry.tiles import tile_slices
 from medseg.io import Case, Dataset, read
 from medseg.nets import build_network
@@ -91,6 +92,7 @@ def fit(
         The folder holds another or an unfinished run, or training diverged.
     """
     started = time.monotonic()
+    check_writable(out, folder=True)
     setup = decide(
         dataset, out, plan, preset, configuration, fold, overrides, recipe, pretrained, previous, splits
     )
