@@ -39,6 +39,7 @@ def demo(
     minutes: Annotated[
         float | None, typer.Option(min=0.05, help="End the training after this time, with a worse result.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Make phantom patients, plan, train, predict unseen ones, evaluate, and write OUT/report.html.
@@ -48,6 +49,11 @@ def demo(
     from medseg.files import check_writable
 
     check_writable(out, folder=True)
+    if dry_run:
+        typer.echo(
+            f"{out}: would hold {CASES} phantom patients to train on, {TEST_CASES} to test, and a report."
+        )
+        return
     run = Run(out, minutes)
     dataset = run.dataset()
     plan = run.plan(dataset)

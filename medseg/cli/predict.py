@@ -35,7 +35,7 @@ def predict(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")] = None,
     resume: Annotated[
-        bool, typer.Option("--continue", help="Leave out cases that these models have done already.")
+        bool, typer.Option("--resume", help="Leave out cases that these models have done already.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be predicted, and stop.")
@@ -80,5 +80,5 @@ def _raise_if_failed(results: "list[CaseResult]", out: Path) -> None:
         sys.stdout.flush()
         raise PartialFailure(
             f"{out}: {len(failed)} of {len(results)} cases failed ({', '.join(failed[:5])}). "
-            "Mend them and run the same command with --continue."
+            "Mend them and run the same command with --resume."
         )

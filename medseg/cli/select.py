@@ -11,12 +11,15 @@ import typer
 def select(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, trained on the same folds.")],
     dataset: Annotated[Path, typer.Option("--dataset", "-d", help="The dataset they were trained on.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compare, and store no post-processing.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Choose the best run or pair of RUNS on cross-validation, and the post-processing that helps it."""
     from medseg.train.select import select as choose
 
-    chosen = choose(runs, dataset)
+    chosen = choose(runs, dataset, store=not dry_run)
     if json:
         typer.echo(json_module.dumps(asdict(chosen)))
         return

@@ -57,13 +57,14 @@ class Maps:
             yield read(path).array[0], read_label(self.cases[name]).array[0]
 
 
-def select(runs: Sequence[PathLike], dataset: Dataset | PathLike) -> Selection:
+def select(runs: Sequence[PathLike], dataset: Dataset | PathLike, store: bool = True) -> Selection:
     """Compare trained runs and all pairs of them on cross-validation, and store post-processing.
 
     Parameters
     ----------
     runs : run folders of one dataset, each with the same validated folds
     dataset : with the reference labels
+    store : write the choice to the winners' bundles, and ``selection.json`` to the first one's folder
 
     Raises
     ------
@@ -98,13 +99,14 @@ def select(runs: Sequence[PathLike], dataset: Dataset | PathLike) -> Selection:
     chosen, trials = choose_postprocessing(Maps(maps[best], cases), labels)
     winners = tuple(best.split(SEPARATOR))
     stored = {**chosen.to_dict(), "ensemble": True} if len(winners) > 1 else chosen.to_dict()
-    for run in winners:
-        _store(bundles[run], stored)
     accepted = [trial.mean_after for trial in trials if trial.accepted]
     selection = Selection(
         scores, best, winners, accepted[-1] if accepted else scores[best], stored, _plain(trials)
     )
-    write_text(Path(winners[0]) / "selection.json", json.dumps(asdict(selection), indent=1))
+    if store:
+        for run in winners:
+            _store(bundles[run], stored)
+        write_text(Path(winners[0]) / "selection.json", json.dumps(asdict(selection), indent=1))
     return selection
 
 

@@ -160,7 +160,10 @@ def test_folds_share_a_bundle_and_select_judges_them(dataset: Path, plan: Plan, 
         for fold in (0, 1):
             fit(dataset, tmp_path / run, plan, overrides=[*QUICK, f"seed={len(run) + fold}"], fold=fold)
     assert load_bundle(tmp_path / "a").folds == ("0", "1")
+    looked = select([tmp_path / "a", tmp_path / "b"], dataset, store=False)
+    assert load_bundle(tmp_path / "a").postprocessing is None
     chosen = select([tmp_path / "a", tmp_path / "b"], dataset)
+    assert looked == chosen
     assert len(chosen.scores) == 3 and chosen.best in chosen.scores
     assert chosen.scores[chosen.best] == max(chosen.scores.values())
     assert load_bundle(chosen.runs[0]).postprocessing == chosen.postprocessing
