@@ -66,19 +66,20 @@ class TerminalListener(Listener):
         return self.interrupted
 
     def _draw(self, task: "_Shown") -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         if self.bar is None:
+            rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
             self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=15)),
+                BarColumn(bar_width=10, table_column=Column(min_width=10)),
+                TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True, min_width=4)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+                TextColumn("left  {task.fields[note]}", table_column=rest),
                 console=self.console,
                 transient=True,
+                expand=True,
             )
             self.bar.start()
         if task.row is None:

@@ -228,11 +228,11 @@ class Session:
         row: dict[str, Any] = {"epoch": epoch, "step": progress.step, "loss": round(loss, 6)}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["seconds"] = round(progress.elapsed_seconds, 1)
-        note = f"loss {loss:.3f}"
+        note = f"loss {loss:.2f}"
         if job.validation is not None and job.config.val_samples:
             dice = self.validate(job.validation)
             row["dice"] = {name: None if math.isnan(d) else round(d, 5) for name, d in dice.items()}
-            note += "  Dice " + ", ".join(f"{name} {d:.3f}" for name, d in dice.items())
+            note += "  Dice " + " ".join(f"{name} {d:.2f}" for name, d in dice.items())
             self._keep_best(float(np.nanmean([*dice.values()])) if not _all_nan(dice) else 0.0, epoch)
         progress.history.append(row)
         if self.board is not None:
