@@ -52,7 +52,7 @@ class Evaluation:
     ----------
     rows : per case and class, cases in order of name, classes in order of `labels`
     summary : per class, and ``"mean"`` over the classes
-    failures : cases that could not be measured, references without a prediction among them
+    failures : cases that could not be measured
     predictions_alone, references_alone : case names without a partner
     labels : the measured classes and regions
     keys : name of a class as nnU-Net's ``summary.json`` writes it, such as ``1`` or ``(1, 2)``
@@ -144,8 +144,7 @@ def evaluate(
     ----------
     predictions, references : folder, file, Volume, sequence of these, or mapping by case name
         Folders and mappings are matched by case name, sequences by position. Both maps of a case must lie
-        on one grid. A reference without a prediction is a failure, a prediction without a reference a
-        warning.
+        on one grid. A name on one side only is a warning and is not in the means.
     nsd_mm : float
         Tolerance of the normalized surface Dice.
     labels : LabelSet or path, optional
@@ -172,10 +171,9 @@ def evaluate(
     _check_settings(metrics, nsd_mm, resamples)
     label_set = find_labels(labels, predictions, references)
     pairing = pair_cases(predictions, references)
-    for name in pairing.predictions_alone:
-        logger.warning("%s: no reference of this name; left out", name)
+    _warn_alone(pairing.predictions_alone, "predictions have no reference")
+    _warn_alone(pairing.references_alone, "references have no prediction")
     measured, failures = _measure_all(pairing.pairs, label_set, metrics, nsd_mm)
-    failures += tuple(_missing(name) for name in pairing.references_alone)
     if not measured:
         first = f"{failures[0].case}: {failures[0].error}"
         raise DatasetError(f"none of the {len(failures)} cases could be measured. First: {first}")
@@ -221,11 +219,11 @@ def _check_settings(metrics: Sequence[str], nsd_mm: float, resamples: int) -> No
         raise ConfigError(f"resamples is {resamples}: expected at least 1 (1000 or more make sense).")
 
 
-def _missing(name: str) -> Failure:
-    """A case that was never predicted would flatter the means if nobody told."""
-    failure = Failure(name, "no prediction of this name. Predict the case, or remove its reference.")
-    logger.error("%s: not measured. %s", failure.case, failure.error)
-    return failure
+def _warn_alone(names: Sequence[str], what: str) -> None:
+    """Say once who has no partner: measuring one fold against all labels is usual, a lost case is not."""
+    if names:
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        logger.warning("%d %s and are not in the means: %s", len(names), what, some)
 
 
 def _measure_all(

@@ -156,6 +156,7 @@ def _aside(metric: str, statistic: Statistic) -> str:
 def _add_problems(report: HtmlReport, evaluation: "Evaluation") -> None:
     rows = [(Cell(f.case, tone="bad"), f.error) for f in evaluation.failures]
     rows += [(Cell(n, tone="warn"), "no reference of this name") for n in evaluation.predictions_alone]
+    rows += [(Cell(n, tone="warn"), "no prediction of this name") for n in evaluation.references_alone]
     if rows:
         note = "These are in none of the numbers below."
         report.add_table("Cases that were not measured", ["case", "why"], rows, note=note)

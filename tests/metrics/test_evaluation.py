@@ -46,15 +46,14 @@ def test_folders_are_matched_by_case_name_whatever_the_format(folders):
     assert result.summary["mean"].metrics["dice"].n == 3
 
 
-def test_a_reference_without_a_prediction_is_a_failure_and_the_reverse_a_warning(folders):
+def test_a_name_on_one_side_is_a_warning_and_in_the_result(folders, caplog):
     write(label_map(), folders[0] / "extra.nii.gz")
     write(label_map(), folders[1] / "missing.mha")
     result = evaluate(*folders, metrics=("dice",))
     assert result.predictions_alone == ("extra",)
     assert result.references_alone == ("missing",)
-    assert [failure.case for failure in result.failures] == ["missing"]
-    assert "no prediction" in result.failures[0].error
-    assert len(result.cases) == 3
+    assert result.failures == () and len(result.cases) == 3
+    assert "1 references have no prediction and are not in the means: missing" in caplog.text
 
 
 def test_when_nothing_matches_both_sides_are_listed(folders, tmp_path):
