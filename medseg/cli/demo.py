@@ -229,8 +229,10 @@ def _add_training(page: "HtmlReport", log: Path) -> None:
     rows = [json_module.loads(line) for line in log.read_text().splitlines()]
     epochs = [row["epoch"] for row in rows]
     lines = {"training loss": (epochs, [row["loss"] for row in rows])}
-    for name in rows[-1].get("dice", {}) if rows else ():
-        values = [row["dice"].get(name) for row in rows]
+    measured = [row for row in rows if "dice" in row]  # not an epoch that the clock cut short
+    epochs = [row["epoch"] for row in measured]
+    for name in measured[0]["dice"] if measured else ():
+        values = [row["dice"].get(name) for row in measured]
         lines[f"Dice {name}"] = (epochs, [float("nan") if v is None else v for v in values])
     page.add_figure("Training", curves(lines, "epoch", ""), "Dice is of the validation cases' patches.")
 

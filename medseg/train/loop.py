@@ -229,7 +229,9 @@ class Session:
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["seconds"] = round(progress.elapsed_seconds, 1)
         note = f"loss {loss:.2f}"
-        if job.validation is not None and job.config.val_samples:
+        # where the clock cut an epoch short, the validation of whole cases follows at once
+        cut_short = job.limit_seconds is not None and progress.step % job.config.steps_per_epoch != 0
+        if job.validation is not None and job.config.val_samples and not cut_short:
             dice = self.validate(job.validation)
             row["dice"] = {name: None if math.isnan(d) else round(d, 5) for name, d in dice.items()}
             note += "  Dice " + " ".join(f"{name} {d:.2f}" for name, d in dice.items())

@@ -138,10 +138,11 @@ def add_curves(page: HtmlReport, history: list[dict[str, Any]]) -> None:
     """Draw loss, and Dice per class, over epochs."""
     epochs = [row["epoch"] for row in history]
     page.add_figure("Loss", curves({"loss": (epochs, [row["loss"] for row in history])}, "epoch", "loss"))
-    names = list(history[-1].get("dice", {})) if history else []
+    measured = [row for row in history if "dice" in row]
+    epochs = [row["epoch"] for row in measured]
     lines = {
-        name: (epochs, [math.nan if row["dice"][name] is None else row["dice"][name] for row in history])
-        for name in names
+        name: (epochs, [math.nan if row["dice"][name] is None else row["dice"][name] for row in measured])
+        for name in (measured[0]["dice"] if measured else ())
     }
     if lines:
         caption = "On random patches of the validation cases, pooled; whole cases are measured below."
