@@ -151,7 +151,7 @@ class Session:
     def run(self) -> str:
         """Do the steps; return why it ended."""
         progress, per_epoch = self.progress, self.job.config.steps_per_epoch
-        fraction = self.agree()
+        fraction, cancelled = self.agree()
         stream = batches(
             self.job.train,
             progress.step,
@@ -163,8 +163,13 @@ class Session:
         with log.task(self.job.title, BAR_STEPS) as task:
             shown = 0
             while not self.progress.ended:
+                if cancelled:  # after the end of an epoch, never instead of it
+                    raise Cancelled(
+                        f"{self.job.title}: stopped at step {progress.step}, the state is saved. "
+                        "Run the same command with --resume to go on."
+                    )
                 self.step(fraction, *next(stream))
-                fraction = self.agree()
+                fraction, cancelled = self.agree()
                 note = ""
                 if fraction >= 1.0 or progress.step % per_epoch == 0:
                     note = self.end_epoch(fraction)
@@ -174,26 +179,16 @@ class Session:
                 self._save_sometimes()
         return self.progress.ended
 
-    def agree(self) -> float:
-        """Return the fraction of the schedule that is done, the same in all processes.
+    def agree(self) -> tuple[float, bool]:
+        """Return the fraction of the schedule that is done, and whether any process was asked to stop.
 
         Clocks differ and each process gets its own Ctrl-C, so they settle both together at every step.
-
-        Raises
-        ------
-        Cancelled
-            Any of them was asked to stop.
         """
         fraction, cancelled = self.clock.fraction(), float(log.is_cancelled())
         if self.fabric.world_size > 1:
             mine = torch.tensor([fraction, cancelled], dtype=torch.float64, device=self.fabric.device)
             fraction, cancelled = self.fabric.all_reduce(mine, reduce_op="max").tolist()
-        if cancelled:
-            raise Cancelled(
-                f"{self.job.title}: stopped at step {self.progress.step}, the state is saved. "
-                "Run the same command with --resume to go on."
-            )
-        return fraction
+        return fraction, bool(cancelled)
 
     def step(self, fraction: float, images: Tensor, segs: Tensor) -> None:
         """One optimiser step on this process's share of a batch."""

@@ -109,6 +109,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path: Path, re
     resumed = loop.run(job(tmp_path / "parts", resume=True), fabric())
     assert torch.equal(weights(whole), weights(resumed))
     assert whole.progress.step == resumed.progress.step == 20
+    assert [row["dice"] for row in whole.progress.history] == [r["dice"] for r in resumed.progress.history]
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
