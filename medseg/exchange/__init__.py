@@ -1,0 +1,1 @@
+"""Models of other programs: nnU-Net, MONAI, ONNX and OpenVINO, in and out."""
