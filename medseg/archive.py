@@ -1,0 +1,1 @@
+"""Folders and zips from outside, read with every member checked first."""
