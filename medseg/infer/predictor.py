@@ -192,14 +192,36 @@ class Model:
 
     def run(self, volume: Volume, case: Preprocessed, previous: Volume | None = None) -> FloatArray:
         """Return logits for a prepared case; a cascade takes `previous`, or predicts its first stage."""
-        if self.previous is None:
+        if not self.bundle.settings.previous_stage:
             return self.logits(case.data, self.mirrored(case.record))
-        first = self.previous.segment(volume).volume if previous is None else previous
-        labels = preprocess_labels(first, case.record, self.bundle.settings)
+        first = self._first_stage(volume) if previous is None else previous
+        return self.logits(self._cascade_input(volume, case, first), self.mirrored(case.record))
+
+    def _cascade_input(self, volume: Volume, case: Preprocessed, first: Volume) -> FloatArray:
+        """Return the image's channels and one a label of the first stage, as nnU-Net feeds them.
+
+        nnU-Net preprocesses the first stage's labels as if they were the reference segmentation, so where
+        statistics leave out the outside of the image, what is labelled there counts as inside.
+        """
+        settings, data = self.bundle.settings, case.data
+        if any(settings.use_mask_for_norm):
+            again = preprocess(volume, self.bundle.plan, self.bundle.configuration, first)
+            assert again.seg is not None  # a label map was given
+            data, labels = again.data, again.seg
+        else:
+            labels = preprocess_labels(first, case.record, settings, volume)
         values = self.bundle.labels.foreground_values
         channels = [(labels[0] == value).astype(np.float32) for value in values]
-        data = np.concatenate([case.data, np.stack(channels)])
-        return self.logits(data, self.mirrored(case.record))
+        return np.concatenate([data, np.stack(channels)])
+
+    def _first_stage(self, volume: Volume) -> Volume:
+        if self.previous is None:
+            name = self.bundle.settings.previous_stage
+            raise BundleError(
+                f"{self.bundle}: {self.bundle.configuration} needs its first stage {name}, which is not "
+                "with it. Give the model with --previous MODEL, or label maps with --previous-labels FOLDER."
+            )
+        return self.previous.segment(volume).volume
 
     def mirrored(self, record: Record) -> tuple[int, ...]:
         """Return the patch axes to flip for a case: with sided labels never its own left-right axis.
@@ -296,8 +318,3 @@ def _check_model(model: Model) -> None:
     for fold in model.folds:
         if fold not in bundle.weights:
             raise BundleError(f"{bundle}: no fold {fold!r}. It has {', '.join(bundle.folds)}.")
-    if bundle.settings.previous_stage and bundle.previous is None:
-        raise BundleError(
-            f"{bundle}: {bundle.configuration} needs its first stage {bundle.settings.previous_stage}. "
-            "Train with --previous, or export the bundle again."
-        )

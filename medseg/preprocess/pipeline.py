@@ -78,10 +78,19 @@ def preprocess(image: Volume, plan: Plan, configuration: str, label: Volume | No
     return Preprocessed(np.ascontiguousarray(data), seg, record)
 
 
-def preprocess_labels(label: Volume, record: Record, configuration: Configuration) -> IntArray:
+def preprocess_labels(
+    label: Volume, record: Record, configuration: Configuration, image: Volume | None = None
+) -> IntArray:
     """Bring a label map on the source grid of a case to the case's network grid.
 
-    Used for the result of a previous stage. Voxels outside the image's nonzero region are not marked.
+    Used for the result of a previous stage.
+
+    Parameters
+    ----------
+    label : on the grid of the case
+    record, configuration : of the case
+    image : the case itself, to mark background outside its nonzero region with -1 as nnU-Net does, which
+        decides some voxels at the border of a label; without it nothing is marked
 
     Returns
     -------
@@ -97,6 +106,9 @@ def preprocess_labels(label: Volume, record: Record, configuration: Configuratio
             f"label map {label.shape}: expected the grid {record.geometry.shape} of its case."
         )
     seg = record.to_network(label.array)[record.inner].astype(np.int16)
+    if image is not None:
+        inside = crop_to_nonzero(record.to_network(image.array))[1]
+        seg[0][(seg[0] == 0) & ~inside] = OUTSIDE
     separate = separate_axis(record.spacing, record.new_spacing)
     return np.ascontiguousarray(resample_labels(seg, record.shape, configuration.order_seg, separate))
 

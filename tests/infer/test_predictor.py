@@ -10,6 +10,7 @@ from medseg.infer.ensemble import Output, combine
 from medseg.infer.predictor import Model
 from medseg.labels import LabelSet
 from medseg.preprocess import preprocess, preprocess_labels, restore_labels, restore_probabilities
+from medseg.volume import Volume
 from tests.infer.models import LABELS, image, tiny_bundle
 from tests.phantoms import affine
 
@@ -159,13 +160,21 @@ def test_post_processing_of_the_bundle_is_applied():
     assert (before.array != after.array).any()
 
 
+def test_a_cascade_without_its_first_stage_says_how_to_give_it_when_no_label_map_is_given():
+    predictor = Predictor(tiny_bundle("3d_cascade_fullres"), **CPU)
+    volume = image()
+    with pytest.raises(BundleError, match="--previous MODEL"):
+        predictor.segment(volume)
+    labels = Volume(np.zeros((1, *volume.shape), np.uint8), volume.geometry)
+    assert predictor.segment(volume, previous=labels).volume.shape == volume.shape
+
+
 @pytest.mark.parametrize(
     ("bundles", "says"),
     [
         ([], "no bundle"),
         ([tiny_bundle(), tiny_bundle(labels=LabelSet.parse({"background": 0, "bone": 1}))], "labels"),
         ([tiny_bundle(), tiny_bundle(channels=("T1", "T2"))], "channels"),
-        ([tiny_bundle("3d_cascade_fullres")], "first stage"),
         ([tiny_bundle(folds=0)], "no weights"),
     ],
 )
