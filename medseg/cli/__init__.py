@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import medseg
+from medseg.cli.bundle import bundle
 from medseg.cli.check import check
 from medseg.cli.clean import clean
 from medseg.cli.demo import demo
@@ -42,6 +43,7 @@ def _root(
 
 for verb in (check, plan, train, stop, predict, evaluate, select, demo, info, clean):
     app.command()(verb)
+app.add_typer(bundle)
 
 
 def main() -> None:
