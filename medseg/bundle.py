@@ -12,18 +12,18 @@
 import hashlib
 import os
 import re
-import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
 import medseg
+from medseg.archive import Files, Limits, hash_member, open_files, read_member
 from medseg.config import Config, dump_yaml, parse_mapping
 from medseg.errors import BundleError, ConfigError, PlanError
 from medseg.files import atomic_folder, atomic_path, recover_folder, sha256_file
@@ -35,12 +35,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ZIP_SUFFIX = ".medseg"
-# Text that describes a model is thousands of bytes; more is not a bundle.
-MAX_TEXT_BYTES = 32 * 2**20
-# Float weights compress by a few per cent (a fresh norm layer a little more); a bomb by a thousand.
-MAX_COMPRESSION = 50
-
-_MEMBER = re.compile(r"(previous/)*(bundle\.yaml|plan\.yaml|README\.md|weights/fold_[\w-]+\.safetensors)")
+_WEIGHTS = r"(previous/)*weights/fold_[\w-]+\.safetensors"
+LIMITS = Limits(
+    members=re.compile(rf"{_WEIGHTS}|(previous/)*(bundle\.yaml|plan\.yaml|README\.md)"),
+    weights=re.compile(_WEIGHTS),
+)
 
 StateDict = Mapping[str, "Tensor"]
 C = TypeVar("C", bound=Config)
@@ -175,18 +174,14 @@ def load_bundle(path: PathLike) -> Bundle:
         recover_folder(path / "bundle")
     if path.is_dir() and not (path / "bundle.yaml").exists() and (path / "bundle").is_dir():
         path = path / "bundle"
-    if path.is_dir():
-        if not (path / "bundle.yaml").exists():  # do not walk through whatever this is
-            raise BundleError(f"{path}: no bundle.yaml, so this is not a bundle. Check the path.")
-        return _open(_Folder(path), path)
     if not path.exists():
         raise BundleError(
             f"{path}: no such bundle. Pass a bundle folder, a {ZIP_SUFFIX} file or a run folder."
         )
-    try:
-        return _open(_Zip(path), path)
-    except zipfile.BadZipFile as error:
-        raise BundleError(f"{path}: not a {ZIP_SUFFIX} file, or damaged ({error}). Copy it again.") from error
+    if path.is_dir() and not (path / "bundle.yaml").exists():  # do not walk through whatever this is
+        raise BundleError(f"{path}: no bundle.yaml, so this is not a bundle. Check the path.")
+    files = open_files(path, LIMITS)
+    return _open_at(files, files.names(), path, "")
 
 
 def save_bundle(
@@ -240,14 +235,24 @@ def save_bundle(
             postprocessing,
             previous,
         )
-        _write(path, merged)
+        write_bundle(path, merged)
 
 
 def _given(weights: StateDict) -> Callable[[], StateDict]:
     return lambda: weights
 
 
-def _write(path: Path, bundle: Bundle) -> None:
+def write_bundle(path: PathLike, bundle: Bundle) -> None:
+    """Write a bundle as it is, all or nothing; what is at `path` is replaced.
+
+    Weights are loaded one fold at a time.
+
+    Parameters
+    ----------
+    path : folder, or file ending in ``.medseg``
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix != ZIP_SUFFIX:
         with atomic_folder(path) as folder:
             _write_folder(folder, bundle)
@@ -313,99 +318,14 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
-class _Files(Protocol):
-    """Where a bundle's files are: a folder or a zip."""
-
-    def names(self) -> set[str]: ...
-
-    def open(self, name: str) -> IO[bytes]: ...
-
-    def weights(self, name: str) -> StateDict: ...
-
-
-class _Folder:
-    """A bundle as a folder. Links are refused, so nothing outside it is ever read."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def names(self) -> set[str]:
-        found = set()
-        for file in self.root.rglob("*"):
-            if file.is_symlink():
-                raise BundleError(f"{file}: is a link. A bundle must hold its files itself; copy them in.")
-            if file.is_file():
-                found.add(file.relative_to(self.root).as_posix())
-        return found
-
-    def open(self, name: str) -> IO[bytes]:
-        path = self.root / name
-        if not name.endswith(".safetensors") and path.stat().st_size > MAX_TEXT_BYTES:
-            raise BundleError(f"{path}: {path.stat().st_size} bytes is no description of a model.")
-        return path.open("rb")
-
-    def weights(self, name: str) -> StateDict:
-        from safetensors.torch import load_file
-
-        return dict(load_file(self.root / name))
-
-
-class _Zip:
-    """A bundle as a zip; every member is checked before anything is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.members: dict[str, zipfile.ZipInfo] = {}
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                self._admit(member)
-
-    def _admit(self, member: zipfile.ZipInfo) -> None:
-        name, size = member.filename, member.file_size
-        parts = PurePosixPath(name.replace("\\", "/"))
-        if parts.is_absolute() or ".." in parts.parts or ":" in name:
-            raise BundleError(f"{self.path}: member {name!r} points outside it. Do not trust this file.")
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise BundleError(f"{self.path}: member {name!r} is a link. Do not use this file.")
-        if name in self.members:
-            raise BundleError(f"{self.path}: member {name!r} is there twice. Do not use this file.")
-        limit = member.compress_size * MAX_COMPRESSION + 4096
-        if size > (limit if name.endswith(".safetensors") else min(limit, MAX_TEXT_BYTES)):
-            raise BundleError(
-                f"{self.path}: member {name!r} unpacks to {size} bytes. Do not trust this file."
-            )
-        if not member.is_dir():
-            self.members[name] = member
-
-    def names(self) -> set[str]:
-        return set(self.members)
-
-    def open(self, name: str) -> IO[bytes]:
-        return zipfile.ZipFile(self.path).open(self.members[name])
-
-    def weights(self, name: str) -> StateDict:
-        from safetensors.torch import load
-
-        with self.open(name) as stream:
-            return dict(load(stream.read()))
-
-
-def _open(files: _Files, where: Path) -> Bundle:
-    names = files.names()
-    strangers = sorted(name for name in names if not _MEMBER.fullmatch(name))
-    if strangers:
-        raise BundleError(f"{where}: {strangers[0]!r} does not belong into a bundle. Remove it.")
-    return _open_at(files, names, where, "")
-
-
-def _open_at(files: _Files, names: set[str], where: Path, prefix: str) -> Bundle:
+def _open_at(files: Files, names: set[str], where: Path, prefix: str) -> Bundle:
     """Build the bundle whose files start with `prefix`."""
     if prefix + "bundle.yaml" not in names:
         raise BundleError(f"{where}: no {prefix}bundle.yaml, so this is not a bundle. Check the path.")
-    text, digest = _read(files, prefix + "bundle.yaml")
+    text = read_member(files, prefix + "bundle.yaml")
     manifest = _parse(text, where, prefix + "bundle.yaml", Manifest)
     _verify(files, names, where, prefix, manifest)
-    plan = _parse(_read(files, prefix + "plan.yaml")[0], where, prefix + "plan.yaml", Plan)
+    plan = _parse(read_member(files, prefix + "plan.yaml"), where, prefix + "plan.yaml", Plan)
     try:
         plan.configuration(manifest.configuration)
     except PlanError as error:
@@ -419,7 +339,7 @@ def _open_at(files: _Files, names: set[str], where: Path, prefix: str) -> Bundle
         postprocessing=manifest.postprocessing,
         previous=_open_at(files, names, where, prefix + "previous/") if manifest.previous else None,
         path=where,
-        digest=digest,
+        digest=hashlib.sha256(text).hexdigest(),
     )
 
 
@@ -427,31 +347,18 @@ def _weight_file(fold: str) -> str:
     return f"weights/fold_{fold}.safetensors"
 
 
-def _verify(files: _Files, names: set[str], where: Path, prefix: str, manifest: Manifest) -> None:
+def _verify(files: Files, names: set[str], where: Path, prefix: str, manifest: Manifest) -> None:
     needed = {"plan.yaml", *(_weight_file(fold) for fold in manifest.folds)}
     if manifest.previous:
         needed.add("previous/bundle.yaml")
     for name in sorted(needed):
         if prefix + name not in names:
             raise BundleError(f"{where}: {prefix}{name} is missing. Copy or export the bundle again.")
-        _, digest = _read(files, prefix + name, keep=False)
-        if digest != manifest.sha256.get(name):
+        if hash_member(files, prefix + name) != manifest.sha256.get(name):
             raise BundleError(
                 f"{where}: {prefix}{name} was changed or damaged: its SHA-256 is not that in bundle.yaml. "
                 "Copy or export the bundle again."
             )
-
-
-def _read(files: _Files, name: str, keep: bool = True) -> tuple[bytes, str]:
-    """Return content (empty if not wanted) and SHA-256."""
-    with files.open(name) as stream:
-        if keep:
-            content = stream.read()
-            return content, hashlib.sha256(content).hexdigest()
-        sha = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            sha.update(chunk)
-        return b"", sha.hexdigest()
 
 
 def _parse(text: bytes, where: Path, name: str, model: type[C]) -> C:
@@ -465,18 +372,27 @@ def _parse(text: bytes, where: Path, name: str, model: type[C]) -> C:
         raise BundleError(str(error)) from error
 
 
-def _loader(files: _Files, name: str, where: Path) -> Callable[[], StateDict]:
+def _loader(files: Files, name: str, where: Path) -> Callable[[], StateDict]:
     def load() -> StateDict:
         from safetensors import SafetensorError
 
         try:
-            return files.weights(name)
+            return _load_weights(files, name)
         except (SafetensorError, OSError) as error:
             raise BundleError(
                 f"{where}: {name} cannot be read ({error}). Export the bundle again."
             ) from error
 
     return load
+
+
+def _load_weights(files: Files, name: str) -> StateDict:
+    from safetensors.torch import load, load_file
+
+    local = files.local(name)
+    if local is not None:
+        return dict(load_file(local))
+    return dict(load(read_member(files, name)))
 
 
 def _card_text(bundle: Bundle) -> str:
