@@ -16,6 +16,8 @@ from medseg.errors import Cancelled
 
 T = TypeVar("T")
 
+STOPPED = "Stopped on request. Run the same command again to continue."
+
 logger = logging.getLogger("medseg")
 
 
@@ -95,6 +97,11 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
+def current_listener() -> Listener:
+    """Return the listener of this thread, for one that works on its behalf."""
+    return _listener.get()
+
+
 def is_cancelled() -> bool:
     """Return whether the current listener wants the work to stop."""
     return _listener.get().cancelled()
@@ -103,4 +110,4 @@ def is_cancelled() -> bool:
 def check_cancelled() -> None:
     """Raise Cancelled if the current listener asks for it."""
     if is_cancelled():
-        raise Cancelled("Stopped on request. Run the same command again to continue.")
+        raise Cancelled(STOPPED)
