@@ -37,18 +37,7 @@ class SegResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
-        self.network: Any = SegResNetDS(
-            spatial_dims=architecture.dimensions,
-            init_filters=architecture.features_per_stage[0],
-            in_channels=in_channels,
-            out_channels=out_channels,
-            act=("leakyrelu", {"negative_slope": 0.01}),
-            norm="instance",
-            blocks_down=architecture.blocks_per_stage,
-            blocks_up=architecture.decoder_convs_per_stage,
-            dsdepth=architecture.n_stages - 1,
-            resolution=_resolution(architecture),
-        )
+        self.network: Any = SegResNetDS(**segresnet_arguments(architecture, in_channels, out_channels))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(n, in_channels, ...) to logits (n, out_channels, ...), or a list of them, finest first.
@@ -88,12 +77,7 @@ class SwinUnet(nn.Module):
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
-        self.network = SwinUNETR(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            feature_size=SWIN_MULTIPLE * ceil(architecture.features_per_stage[0] / SWIN_MULTIPLE),
-            spatial_dims=architecture.dimensions,
-        )
+        self.network = SwinUNETR(**swin_arguments(architecture, in_channels, out_channels))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(n, in_channels, ...) to logits (n, out_channels, ...), in a list with deep supervision.
@@ -106,6 +90,32 @@ class SwinUnet(nn.Module):
         _check_divisible(x, [SWIN_DOWNSAMPLING] * (x.ndim - 2), "Swin UNETR")
         logits = cast(Tensor, self.network(x))
         return [logits] if self.deep_supervision else logits
+
+
+def segresnet_arguments(architecture: "Architecture", in_channels: int, out_channels: int) -> dict[str, Any]:
+    """Return the arguments of MONAI's SegResNetDS, as plain data that an exported bundle can hold."""
+    return {
+        "spatial_dims": architecture.dimensions,
+        "init_filters": architecture.features_per_stage[0],
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "act": ("leakyrelu", {"negative_slope": 0.01}),
+        "norm": "instance",
+        "blocks_down": architecture.blocks_per_stage,
+        "blocks_up": architecture.decoder_convs_per_stage,
+        "dsdepth": architecture.n_stages - 1,
+        "resolution": _resolution(architecture),
+    }
+
+
+def swin_arguments(architecture: "Architecture", in_channels: int, out_channels: int) -> dict[str, Any]:
+    """Return the arguments of MONAI's SwinUNETR, as plain data that an exported bundle can hold."""
+    return {
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "feature_size": SWIN_MULTIPLE * ceil(architecture.features_per_stage[0] / SWIN_MULTIPLE),
+        "spatial_dims": architecture.dimensions,
+    }
 
 
 def _resolution(architecture: "Architecture") -> tuple[float, ...] | None:
