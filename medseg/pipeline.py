@@ -3,41 +3,58 @@
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from medseg import log
 from medseg.bundle import Bundle, load_bundle
-from medseg.errors import Cancelled, ConfigError, DataError, MedsegError, ReadError, ResourceError
+from medseg.errors import (
+    Cancelled,
+    ConfigError,
+    DataError,
+    GeometryError,
+    LabelError,
+    MedsegError,
+    OutputError,
+    ReadError,
+    ResourceError,
+)
 from medseg.files import check_writable, is_disk_full, sha256_file, write_text
-from medseg.io.dataset import Case, list_cases, read_image
-from medseg.io.formats import WRITERS, stem_of, suffix_of, write
+from medseg.io.dataset import Case, list_cases, read_image, read_label
+from medseg.io.formats import WRITERS, is_image, stem_of, suffix_of, write
+from medseg.io.grids import grid_difference
 from medseg.segmentation import Segmentation
+from medseg.stages import Outcome, Stage, convey
 from medseg.types import Array, FloatArray, PathLike
 from medseg.volume import Geometry, Volume
 
 if TYPE_CHECKING:
     from medseg.infer import Options, Predictor
+    from medseg.labels import LabelSet
     from medseg.preprocess import Preprocessed
 
 Image = PathLike | Volume | tuple[Array, FloatArray] | list[PathLike]
 Models = PathLike | Bundle | Sequence[PathLike | Bundle]
 Status = Literal["done", "skipped", "failed", "planned"]
-T = TypeVar("T")
 
 REPORT = "predictions.json"
 DEFAULT_ENDING = ".nii.gz"
 # Reading and preprocessing one case takes seconds; a dead network share would take forever.
 READ_TIMEOUT_SECONDS = 900.0
+WRITE_TIMEOUT_SECONDS = 900.0
+# Of no tile and no slab finished; the first may have to wait for a compiler.
+NETWORK_TIMEOUT_SECONDS = 1800.0
 # How often the report is brought up to date while cases are predicted.
 REPORT_SECONDS = 5.0
+# What a case needs while it is read ahead, for every byte of its unpacked file: mostly int16, held as float32
+# by the volume, its copy in the network's order, the normalised one, and the resampled one.
+BYTES_PER_FILE_BYTE = 8
 
 
 @dataclass(frozen=True)
@@ -68,18 +85,30 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A case read and preprocessed, by the thread that reads ahead."""
+    """A case read and preprocessed."""
 
     volume: Volume
     prepared: "list[Preprocessed]"
+    inputs: dict[str, str]
+    first_stage: Volume | None
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """A case with its label map, not yet written."""
+
+    labels: Volume
+    seconds: float
     inputs: dict[str, str]
 
 
 def segment(
     image: Image,
-    bundles: "Models | Predictor",
+    models: "Models | Predictor",
     probabilities: PathLike | None = None,
     options: "Options | None" = None,
+    previous: PathLike | None = None,
+    previous_labels: "PathLike | Volume | None" = None,
     **changes: Any,
 ) -> Segmentation:
     """Segment one image.
@@ -89,10 +118,13 @@ def segment(
     image : path, list of paths, Volume, or (array, affine) with the array as (i, j, k) or
         (channel, i, j, k) and the affine to RAS+ mm. A list holds the channels of one case, in the order of
         the model's, not several cases: for these, call it with a `Predictor`, or use `predict_folder`
-    bundles : path of a bundle, Bundle, several of either (their probabilities are averaged), or a
-        `Predictor`, which keeps the loaded networks for the next call
+    models : path of a model (a bundle of medseg, a trained model of nnU-Net, a bundle of MONAI), a loaded
+        one, several of either (their probabilities are averaged), or a `Predictor`, which keeps the loaded
+        networks for the next call
     probabilities : ``.npz`` file to write class probabilities to
     options, changes : `medseg.infer.Options`, or its fields by name (``mirror=False``, ``device="cpu"``)
+    previous : model of a cascade's first stage, where it does not lie beside the second
+    previous_labels : label map of a cascade's first stage, instead of predicting it
 
     Returns
     -------
@@ -102,132 +134,220 @@ def segment(
     Raises
     ------
     MedsegError
-        The image or the bundle is unusable; the subclass says which.
+        The image or the model is unusable; the subclass says which.
 
     Examples
     --------
     >>> result = segment("case.nii.gz", "run/bundle")          # doctest: +SKIP
     >>> write(result.volume, "labels.nii.gz")                   # doctest: +SKIP
     """
-    predictor = _predictor(bundles, options, changes)
-    return predictor.segment(_to_volume(image, len(predictor.bundle.plan.channels)), probabilities)
+    predictor = _predictor(models, options, changes, previous)
+    volume = _to_volume(image, len(_channels(predictor)))
+    if previous_labels is None:
+        return predictor.segment(volume, probabilities)
+    first = _first_stage(previous_labels, volume, _labels(predictor))
+    return predictor.segment(volume, probabilities, first)
 
 
 def predict_folder(
     source: PathLike,
-    bundles: "Models | Predictor",
+    models: "Models | Predictor",
     output: PathLike,
     save_probabilities: bool = False,
     resume: bool = False,
     options: "Options | None" = None,
     read_timeout: float = READ_TIMEOUT_SECONDS,
+    previous: PathLike | None = None,
+    previous_labels: PathLike | None = None,
+    memory: int | None = None,
     **changes: Any,
 ) -> list[CaseResult]:
     """Segment every case of a folder, or one file; a case that fails becomes a row and the others finish.
 
     Label maps are named CASE with the ending of the input (``.nii.gz`` where that cannot be written).
-    ``predictions.json`` beside them says what was done, with which models, to which files.
+    ``predictions.json`` beside them says what was done, with which models, to which files. While one case is
+    predicted, the next is read and the last is written: three cases are held at most.
 
     Parameters
     ----------
     source : folder of images (``CASE_0000.nii.gz`` a channel, or ``CASE.nii.gz``), or one file
-    bundles : as for :func:`segment`
+    models : as for :func:`segment`
     output : folder; for one file, the name of the label map is possible too
     save_probabilities : write ``CASE.npz`` with float32 (class, k, j, i), as nnU-Net does
     resume : leave out cases that these models have done already, from the same input
     options, changes : as for :func:`segment`
     read_timeout : seconds after which a case that cannot be read is given up
+    previous : as for :func:`segment`
+    previous_labels : folder with the label maps of a cascade's first stage, named CASE with any ending
+        (nnU-Net's ``-prev_stage_predictions``)
+    memory : bytes that a case may need to be read while others are under way; by default what is free then
+
+    Returns
+    -------
+    list of CaseResult
+        In the order of the cases.
 
     Raises
     ------
     MedsegError
-        Nothing can be predicted at all: no image, no usable bundle, no space on the disk, or the one
+        Nothing can be predicted at all: no image, no usable model, no space on the disk, or the one
         file is bad.
     """
-    predictor = _predictor(bundles, options, changes)
-    run = _Run(predictor, Path(source), Path(output), save_probabilities, read_timeout)
-    return run.all(run.finished() if resume else {})
+    predictor = _predictor(models, options, changes, previous)
+    first_stages = None if previous_labels is None else _list_first_stages(previous_labels)
+    run = _Run(predictor, Path(source), Path(output), save_probabilities, first_stages, memory)
+    return run.all(run.finished() if resume else {}, read_timeout)
 
 
-def list_work(source: PathLike, bundles: Models, output: PathLike) -> list[CaseResult]:
+def list_work(source: PathLike, models: Models, output: PathLike) -> list[CaseResult]:
     """Return the cases that :func:`predict_folder` would predict; nothing is run or written."""
-    channels = len(load_models(bundles)[0].plan.channels)
+    channels = len(load_models(models)[0].plan.channels)
     cases = list_cases(source, channels)
     return [CaseResult(case.name, "planned", path) for case, path in _targets(cases, source, output)]
 
 
-def load_models(bundles: Models) -> tuple[Bundle, ...]:
-    """Open one bundle or several."""
-    if isinstance(bundles, str | Path | Bundle):
-        bundles = [bundles]
-    return tuple(each if isinstance(each, Bundle) else load_bundle(each) for each in bundles)
+def load_models(models: Models, previous: PathLike | None = None) -> tuple[Bundle, ...]:
+    """Open one model or several.
+
+    Parameters
+    ----------
+    models : paths or loaded models
+    previous : model of a cascade's first stage, where it does not lie beside the second
+    """
+    if isinstance(models, str | Path | Bundle):
+        models = [models]
+    return tuple(each if isinstance(each, Bundle) else _load_model(each, previous) for each in models)
 
 
+def _load_model(path: PathLike, previous: PathLike | None) -> Bundle:
+    bundle = load_bundle(path)
+    return bundle if previous is None else replace(bundle, previous=load_bundle(previous))
+
+
+@dataclass
 class _Run:
     """One call of :func:`predict_folder`."""
 
-    def __init__(
-        self, predictor: "Predictor", source: Path, output: Path, probabilities: bool, read_timeout: float
-    ) -> None:
-        self.predictor, self.source, self.probabilities = predictor, source, probabilities
-        self.read_timeout = read_timeout
-        self.cases = list_cases(source, len(predictor.bundle.plan.channels))
-        self.targets = dict(_targets(self.cases, source, output))
-        single = not source.is_dir() and suffix_of(output) != ""
-        name = f"{stem_of(output)}.json" if single else REPORT
-        self.report = (output.parent if single else output) / name
-        self.results: list[CaseResult] = []
-        self.written = 0.0
+    predictor: "Predictor"
+    source: Path
+    output: Path
+    probabilities: bool
+    first_stages: Mapping[str, Path] | None
+    memory: int | None
+    rows: dict[str, CaseResult] = field(default_factory=dict)
+    reported: float = 0.0
 
-    def all(self, finished: Mapping[str, CaseResult]) -> list[CaseResult]:
+    def __post_init__(self) -> None:
+        self.cases = list_cases(self.source, len(_channels(self.predictor)))
+        self.targets = dict(_targets(self.cases, self.source, self.output))
+        single = not self.source.is_dir() and suffix_of(self.output) != ""
+        name = f"{stem_of(self.output)}.json" if single else REPORT
+        self.report = (self.output.parent if single else self.output) / name
+
+    def all(self, finished: Mapping[str, CaseResult], read_timeout: float) -> list[CaseResult]:
         """Predict what is not in `finished`; the report is written however this ends."""
-        self.results = [finished[case.name] for case in self.cases if case.name in finished]
+        self.rows = dict(finished)
         todo = [case for case in self.cases if case.name not in finished]
         try:
-            with log.task("Predict", len(todo)) as task:
-                for case, loaded in _read_ahead(todo, self.load, self.read_timeout):
-                    self.results.append(self.one(case, loaded))
-                    self.write_report(at_once=False)
-                    task.advance(note=case.name)
-        finally:
-            self.write_report()
+            self.work_off(todo, self.stages(read_timeout))
+        except BaseException:
+            with suppress(MedsegError):  # what stopped the work is said, not what follows from it
+                self.write_report()
+            raise
+        self.write_report()
         return self.results
 
-    def load(self, case: Case) -> _Loaded:
-        """Read and preprocess; runs in the thread that reads ahead."""
-        volume = read_image(case)
-        hashes = {path.name: sha256_file(path) for path in case.images}
-        return _Loaded(volume, self.predictor.prepare(volume), hashes)
+    def work_off(self, todo: Sequence[Case], stages: tuple[Stage, ...]) -> None:
+        """Send cases through the stages, and note what becomes of them."""
+        with log.task("Predict", len(todo)) as task, closing(convey(todo, stages, self.has_room)) as belt:
+            for outcome in belt:
+                self.rows[outcome.item.name] = self.row(outcome)
+                self.write_report(at_once=False)
+                task.advance(note=outcome.item.name, check=False)  # the belt asks, once nothing gets lost
+                del outcome  # an error holds on to the images of its case
 
-    def one(self, case: Case, loaded: Callable[[], _Loaded]) -> CaseResult:
-        """Predict and write one case; return what became of it."""
-        target = self.targets[case]
+    def stages(self, read_timeout: float) -> tuple[Stage, ...]:
+        """Return what happens to a case, and how long each step may be silent."""
+
+        def late(case: Case, verb: str, seconds: float) -> str:
+            return f"{case.name}: could not be {verb} within {seconds:g} s. Check the disk or network share."
+
+        return (
+            Stage("read", self.read, read_timeout, lambda c: ReadError(late(c, "read", read_timeout))),
+            Stage("predict", self.predict, NETWORK_TIMEOUT_SECONDS, _hangs, vital=True),
+            Stage(
+                "write",
+                self.write,
+                WRITE_TIMEOUT_SECONDS,
+                lambda c: OutputError(late(c, "written", WRITE_TIMEOUT_SECONDS)),
+            ),
+        )
+
+    @property
+    def results(self) -> list[CaseResult]:
+        """What is known by now, in the order of the cases."""
+        return [self.rows[case.name] for case in self.cases if case.name in self.rows]
+
+    def has_room(self, case: Case) -> bool:
+        """Return whether a case can be read while others are held."""
+        free = free_memory() if self.memory is None else self.memory
+        return free is None or BYTES_PER_FILE_BYTE * sum(map(_unpacked_size, case.images)) <= free
+
+    def read(self, case: Case, _: None) -> _Loaded:
+        """Read and preprocess."""
+        volume = read_image(case)
+        hashes = {name: sha256_file(path) for name, path in self.inputs(case).items() if path.exists()}
+        first = None
+        if self.first_stages is not None:
+            if case.name not in self.first_stages:
+                raise ReadError(f"{case.name}: has no label map of the first stage. Predict it first.")
+            first = _first_stage(self.first_stages[case.name], volume, _labels(self.predictor))
+        return _Loaded(volume, self.predictor.prepare(volume), hashes, first)
+
+    def predict(self, case: Case, loaded: _Loaded) -> _Predicted:
+        """Run the network, all the way to the label map."""
         began = time.monotonic()
-        try:
-            ready = loaded()
-            began = time.monotonic()
-            maps = self.maps(target)
-            result = self.predictor.segment_prepared(ready.volume, ready.prepared, maps)
-            write(result.volume, target)
-        except Exception as error:  # one bad case, whatever its fault, must not stop the others
-            if isinstance(error, MedsegError) and not self.source.is_dir():
-                raise type(error)(_reason(case, error)) from error  # there are no others
-            reason = _reason(case, error)
-            log.logger.debug("%s", "".join(traceback.format_exception(error)))
-            log.logger.warning("%s", reason)
-            return CaseResult(case.name, "failed", target, time.monotonic() - began, error=reason)
-        return CaseResult(case.name, "done", target, time.monotonic() - began, ready.inputs)
+        maps = self.maps(self.targets[case])
+        result = self.predictor.segment_prepared(loaded.volume, loaded.prepared, maps, loaded.first_stage)
+        return _Predicted(result.volume, time.monotonic() - began, loaded.inputs)
+
+    def write(self, case: Case, predicted: _Predicted) -> CaseResult:
+        """Write the label map."""
+        began, target = time.monotonic(), self.targets[case]
+        write(predicted.labels, target)
+        seconds = predicted.seconds + time.monotonic() - began
+        return CaseResult(case.name, "done", target, seconds, predicted.inputs)
+
+    def row(self, outcome: Outcome[Case]) -> CaseResult:
+        """Return what became of a case, or raise what concerns all or the only one."""
+        case, error = outcome.item, outcome.error
+        if error is None:
+            done: CaseResult = outcome.value
+            return done
+        reason = _reason(case, error)
+        if isinstance(error, MedsegError) and not self.source.is_dir():
+            raise type(error)(reason) from error
+        log.logger.debug("%s", "".join(traceback.format_exception(error)))
+        log.logger.warning("%s", reason)
+        return CaseResult(case.name, "failed", self.targets[case], error=reason)
 
     def maps(self, target: Path) -> Path | None:
         """Return where the probabilities of a case go, if they are wanted."""
         return target.with_name(f"{stem_of(target)}.npz") if self.probabilities else None
+
+    def inputs(self, case: Case) -> dict[str, Path]:
+        """Return the files that a result depends on, by the names in the report."""
+        files = {path.name: path for path in case.images}
+        if self.first_stages is not None and case.name in self.first_stages:
+            files[f"previous/{self.first_stages[case.name].name}"] = self.first_stages[case.name]
+        return files
 
     def finished(self) -> dict[str, CaseResult]:
         """Return the cases that an earlier run has done, in full, with the same models and files."""
         try:
             before = json.loads(self.report.read_text(encoding="utf-8"))
             rows = {row["case"]: row for row in before["cases"] if _is_row(row)}
-            same = _settings(before["provenance"]) == _settings(self.predictor.provenance())
+            same = _settings(before["provenance"]) == _settings(self.provenance)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
         done = {}
@@ -235,34 +355,52 @@ class _Run:
             row, target = rows.get(case.name), self.targets[case]
             maps = self.maps(target)
             there = target.exists() and (maps is None or maps.exists())
-            if row and there and _unchanged(case, row):
+            if row and there and _unchanged(self.inputs(case), row):
                 done[case.name] = CaseResult(case.name, "skipped", target, row["seconds"], row["inputs"])
         return done
 
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Models and settings, as the report will hold them."""
+        content: dict[str, Any] = json.loads(json.dumps(self.predictor.provenance()))
+        return content
+
     def write_report(self, at_once: bool = True) -> None:
         """Bring ``predictions.json`` up to date."""
-        if not self.results or (not at_once and time.monotonic() - self.written < REPORT_SECONDS):
+        if not self.rows or (not at_once and time.monotonic() - self.reported < REPORT_SECONDS):
             return
         report = {
             "input": str(self.source),
-            "provenance": self.predictor.provenance(),
-            "labels": self.predictor.bundle.labels.to_dict(),
+            "provenance": self.provenance,
+            "labels": _labels(self.predictor).to_dict(),
             "cases": [result.to_dict() for result in self.results],
         }
         write_text(self.report, json.dumps(report, indent=1))
-        self.written = time.monotonic()
+        self.reported = time.monotonic()
 
 
 def _predictor(
-    bundles: "Models | Predictor", options: "Options | None", changes: Mapping[str, Any]
+    models: "Models | Predictor",
+    options: "Options | None",
+    changes: Mapping[str, Any],
+    previous: PathLike | None,
 ) -> "Predictor":
     from medseg.infer import Predictor
 
-    if isinstance(bundles, Predictor):
-        if options is not None or changes:
+    if isinstance(models, Predictor):
+        if options is not None or changes or previous is not None:
             raise ConfigError("a Predictor has its options already. Make it with those you want.")
-        return bundles
-    return Predictor(load_models(bundles), options, **changes)
+        return models
+    return Predictor(load_models(models, previous), options, **changes)
+
+
+def _channels(predictor: Any) -> tuple[str, ...]:
+    return tuple(getattr(predictor, "channels", None) or predictor.bundle.plan.channels)
+
+
+def _labels(predictor: Any) -> "LabelSet":
+    labels: LabelSet = getattr(predictor, "labels", None) or predictor.bundle.labels
+    return labels
 
 
 def _to_volume(image: Image, channels: int) -> Volume:
@@ -280,6 +418,32 @@ def _to_volume(image: Image, channels: int) -> Volume:
     if len(cases) > 1:
         raise ReadError(f"{image}: holds {len(cases)} cases. Pass one of them, or use predict_folder.")
     return read_image(cases[0])
+
+
+def _list_first_stages(folder: PathLike) -> dict[str, Path]:
+    """Return the label maps of a folder by case."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReadError(f"{folder}: no such folder. Give the one with the label maps of the first stage.")
+    return {stem_of(path): path for path in sorted(folder.iterdir()) if is_image(path)}
+
+
+def _first_stage(labels: PathLike | Volume, image: Volume, meaning: "LabelSet") -> Volume:
+    """Read a label map of a first stage, and refuse one that is not of this image or not of these labels."""
+    name = "the label map of the first stage"
+    if not isinstance(labels, Volume):
+        name, path = f"{Path(labels)}", Path(labels)
+        labels = read_label(Case(stem_of(path), (), path, stem_of(path)))
+    difference = grid_difference(image.geometry, labels.geometry, "the image")
+    if difference:
+        raise GeometryError(f"{name}: {difference}. Predict the first stage from the same image.")
+    low, high = int(labels.array.min()), int(labels.array.max())
+    if low < 0 or high > max(meaning.values):
+        raise LabelError(
+            f"{name}: holds values from {low} to {high}, the model knows 0 to {max(meaning.values)}. "
+            "Give the label maps that its first stage has predicted."
+        )
+    return labels
 
 
 def _targets(cases: Sequence[Case], source: PathLike, output: PathLike) -> Iterator[tuple[Case, Path]]:
@@ -311,52 +475,41 @@ def _targets(cases: Sequence[Case], source: PathLike, output: PathLike) -> Itera
         yield case, target
 
 
-def _read_ahead(
-    cases: Sequence[Case], load: Callable[[Case], T], timeout: float
-) -> Iterator[tuple[Case, Callable[[], T]]]:
-    """Yield each case with a function that returns what was loaded, or raises why not.
-
-    The next case loads while the caller works on this one. A thread that hangs is left behind.
-    """
-    pending = _start(load, cases[0]) if cases else None
-    for number, case in enumerate(cases):
-        assert pending is not None
-        outcome = _wait(pending, case, timeout)
-        pending = _start(load, cases[number + 1]) if number + 1 < len(cases) else None
-        yield case, outcome.result
-
-
-def _start(load: Callable[[Case], T], case: Case) -> "Future[T]":
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(load(case))
-        except BaseException as error:  # handed to the thread that waits
-            future.set_exception(error)
-
-    Thread(target=work, name=f"read {case.name}", daemon=True).start()
-    return future
-
-
-def _wait(future: "Future[T]", case: Case, timeout: float) -> "Future[T]":
-    """Wait for the result, cancellable at every half second."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        log.check_cancelled()
-        try:
-            future.exception(timeout=min(0.5, max(0.0, deadline - time.monotonic())))
-            return future
-        except FutureTimeout:
-            continue
-    late: Future[T] = Future()
-    late.set_exception(
-        ReadError(f"{case.name}: could not be read within {timeout:g} s. Check the disk or network share.")
+def _hangs(case: Case) -> MedsegError:
+    return ResourceError(
+        f"{case.name}: the network has finished nothing for {NETWORK_TIMEOUT_SECONDS:g} s. Check the device, "
+        "then run the same command with --resume."
     )
-    return late
 
 
-def _reason(case: Case, error: Exception) -> str:
+def _unpacked_size(path: Path) -> int:
+    """Return about how many bytes a file holds; none where it cannot be read, which reading will tell."""
+    try:
+        size = path.stat().st_size
+        if path.suffix.lower() != ".gz" or size < 4:
+            return size
+        with path.open("rb") as stream:
+            stream.seek(-4, 2)  # RFC 1952, 2.3.1: the length of the content, modulo 2^32
+            unpacked = int.from_bytes(stream.read(4), "little")
+    except OSError:
+        return 0
+    return unpacked + (1 << 32 if unpacked < size > 1 << 30 else 0)
+
+
+def free_memory() -> int | None:
+    """Return how many bytes this process may still use, by the system and its container; None if unknown."""
+    found = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with suppress(OSError, ValueError):  # "max", or no control group of version 2
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(limit - used)
+    return min(found, default=None)
+
+
+def _reason(case: Case, error: BaseException) -> str:
     """Return the sentence for a failed case, or raise what concerns all cases."""
     full = error.__cause__ is not None and is_disk_full(error.__cause__)
     if isinstance(error, Cancelled) or (isinstance(error, ResourceError) and full):
@@ -372,10 +525,15 @@ def _reason(case: Case, error: Exception) -> str:
     return f"{case.name}: {type(error).__name__}: {error}. Run `medseg check` on the folder."
 
 
+# What may differ between two runs that give the same label maps.
+_PLACES = {"medseg", "torch", "device"}
+_MODEL_PLACES = {"bundle", "path"}
+
+
 def _settings(provenance: Mapping[str, Any]) -> Any:
     """Return what must agree for two runs to give the same label maps."""
-    models = [{k: v for k, v in model.items() if k != "bundle"} for model in provenance["models"]]
-    return models, provenance["step"], provenance["compatible"]
+    models = [{k: v for k, v in model.items() if k not in _MODEL_PLACES} for model in provenance["models"]]
+    return {**{k: v for k, v in provenance.items() if k not in _PLACES}, "models": models}
 
 
 def _is_row(row: Any) -> bool:
@@ -391,6 +549,8 @@ def _is_row(row: Any) -> bool:
     )
 
 
-def _unchanged(case: Case, row: Mapping[str, Any]) -> bool:
-    hashes: Mapping[str, str] = row["inputs"]
-    return all(path.exists() and hashes.get(path.name) == sha256_file(path) for path in case.images)
+def _unchanged(inputs: Mapping[str, Path], row: Mapping[str, Any]) -> bool:
+    """Return whether a case depends on the same files as when it was done."""
+    if set(inputs) != set(row["inputs"]):
+        return False
+    return all(path.exists() and sha256_file(path) == row["inputs"][name] for name, path in inputs.items())

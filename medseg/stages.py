@@ -6,7 +6,7 @@ stopped although a stage is deep in a library, and it gives up a stage that show
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -55,7 +55,7 @@ class Outcome(Generic[T]):
 
 def convey(
     items: Iterable[T], stages: "tuple[Stage, ...]", admit: Callable[[T], bool] = lambda item: True
-) -> Iterator[Outcome[T]]:
+) -> Generator[Outcome[T], None, None]:
     """Send items through stages that work at the same time; yield each as it is done or has failed.
 
     A stage holds one item: the one at work, or one that is ready and waits for the next stage. Items keep
