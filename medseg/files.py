@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from medseg.errors import MedsegError, OutputError, ResourceError
@@ -23,6 +23,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OLD = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.old")  # eight letters of tempfile.mkdtemp
 # A reader that recovers the old folder between the two renames makes the writer try again.
 _SWAPS = 3
+# Temporary files and folders that threads of this process are writing.
+_unfinished: set[Path] = set()
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -71,6 +73,7 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     path = Path(path)
     _make_parent(path, folder=False)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    _unfinished.add(temporary)
     try:
         with _said(path, temporary):
             temporary.touch()  # libraries have errors of their own for what is said here
@@ -79,6 +82,7 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
 
 
 @contextmanager
@@ -91,15 +95,36 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
     path = Path(path)
     _make_parent(path, folder=True)
     recover_folder(path)
-    with _said(path, path.parent):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with ExitStack() as stack:
+        with _said(path, path.parent):
+            temporary = stack.enter_context(scratch_folder(path))
         with _said(path, temporary):
             temporary.chmod(0o755)
             yield temporary
             _swap(temporary, path)
+
+
+@contextmanager
+def scratch_folder(path: PathLike) -> Iterator[Path]:
+    """Yield a new hidden folder beside `path`, for what is needed to make it, and remove it in the end."""
+    path = Path(path)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _unfinished.add(folder)
+    try:
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        _unfinished.discard(folder)
+
+
+def discard_unfinished() -> None:
+    """Remove what this process is still writing, for one that ends without a word to its threads."""
+    for path in tuple(_unfinished):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _make_parent(path: Path, folder: bool) -> None:

@@ -11,7 +11,9 @@ from medseg.files import (
     atomic_folder,
     atomic_path,
     check_writable,
+    discard_unfinished,
     is_disk_full,
+    scratch_folder,
     sha256_file,
     write_text,
 )
@@ -130,3 +132,14 @@ def test_a_write_that_hits_the_limit_leaves_nothing(tmp_path: Path, kind: str) -
 def test_the_hash_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
+
+
+def test_what_is_unfinished_can_be_removed_without_a_word_to_who_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "done").write_text("kept")
+    with pytest.raises(OutputError), atomic_path(tmp_path / "a.txt") as file, scratch_folder(file) as folder:
+        file.write_text("half")
+        (folder / "part").write_text("half")
+        discard_unfinished()
+        assert [path.name for path in tmp_path.iterdir()] == ["done"]
+    discard_unfinished()
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
