@@ -156,10 +156,11 @@ class _Folder:
     def __init__(self, root: Path, limits: Limits) -> None:
         self.path = root
         self.limits = limits
+        found = (file.relative_to(root).as_posix() for file in self._walk(root, 0))
+        self.members = {name for name in found if limits.wants(name, root)}
 
     def names(self) -> set[str]:
-        found = (file.relative_to(self.path).as_posix() for file in self._walk(self.path, 0))
-        return {name for name in found if self.limits.wants(name, self.path)}
+        return self.members
 
     def _walk(self, folder: Path, depth: int) -> Iterator[Path]:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):

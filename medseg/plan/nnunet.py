@@ -137,11 +137,15 @@ def _export_architecture(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> Plan:
+def from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], needed: str | None = None) -> Plan:
     """Return the plan that nnU-Net's ``plans.json`` and ``dataset.json`` describe.
 
     Inheritance between configurations is resolved; plans from before nnU-Net 2.3, which name the network
     by ``UNet_class_name``, are understood.
+
+    Parameters
+    ----------
+    needed : a configuration; others that medseg cannot do are then left out instead of being an error
 
     Raises
     ------
@@ -149,10 +153,8 @@ def from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> Pl
         A key is missing, or asks for something that medseg's networks and preprocessing do not do.
     """
     try:
-        configurations = {
-            name: _import_configuration(name, _resolve(name, plans["configurations"]))
-            for name in plans["configurations"]
-        }
+        _check_classes(plans)
+        configurations = _import_configurations(plans["configurations"], needed)
         planner = str(plans.get("experiment_planner_used", ""))
         first = next(iter(configurations.values()))
         preset = preset_of_planner(planner, first.architecture.network)
@@ -171,10 +173,7 @@ def from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> Pl
                 "transpose_backward": plans["transpose_backward"],
                 "original_median_spacing": plans["original_median_spacing_after_transp"],
                 "original_median_shape": plans["original_median_shape_after_transp"],
-                "intensity": {
-                    channel: ChannelStats.from_dict(stats, f"intensities of channel {channel}")
-                    for channel, stats in plans["foreground_intensity_properties_per_channel"].items()
-                },
+                "intensity": _import_intensity(plans),
                 "configurations": configurations,
             },
             "plans.json",
@@ -190,6 +189,37 @@ def from_nnunet(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> Pl
         raise PlanError(
             f"plans.json: not of nnU-Net's layout ({error}). Pass files that nnU-Net v2 wrote."
         ) from error
+
+
+def _check_classes(plans: Mapping[str, Any]) -> None:
+    """Refuse what changes the meaning of the outputs in a way that only nnU-Net's own code knows."""
+    labels = plans.get("label_manager", "LabelManager")
+    if labels != "LabelManager":
+        raise PlanError(f"plans.json: label manager {labels!r} is not supported, only LabelManager.")
+
+
+def _import_configurations(values: Mapping[str, Any], needed: str | None) -> dict[str, Configuration]:
+    result = {}
+    for name in values:
+        try:
+            result[name] = _import_configuration(name, _resolve(name, values))
+        except (MedsegError, KeyError, AttributeError, TypeError, ValueError):
+            if needed is None or name == needed:
+                raise
+    return result
+
+
+def _import_intensity(plans: Mapping[str, Any]) -> dict[str, ChannelStats]:
+    """Return statistics by channel; nnU-Net 2.0 called it a modality."""
+    found = plans.get("foreground_intensity_properties_by_modality", {})
+    found = plans.get("foreground_intensity_properties_per_channel", found)
+    names = ChannelStats.model_fields
+    return {
+        channel: ChannelStats.from_dict(
+            {name: stats[name] for name in names}, f"intensities of channel {channel}"
+        )
+        for channel, stats in found.items()
+    }
 
 
 def _channels(dataset_json: Mapping[str, Any]) -> tuple[str, ...]:
@@ -212,6 +242,12 @@ def _resolve(name: str, configurations: Mapping[str, Any], heirs: tuple[str, ...
 
 
 def _import_configuration(name: str, values: Mapping[str, Any]) -> Configuration:
+    preprocessor = values.get("preprocessor_name", "DefaultPreprocessor")
+    if preprocessor != "DefaultPreprocessor":
+        raise PlanError(
+            f"plans.json, configuration {name}: preprocessor {preprocessor!r} is not supported. "
+            "medseg does what DefaultPreprocessor does."
+        )
     orders = {role: _import_resampling(name, values, role) for role in ("data", "seg", "probabilities")}
     return Configuration.from_dict(
         {
