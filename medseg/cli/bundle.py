@@ -1,9 +1,13 @@
 """``medseg bundle``: models of other programs in, and out."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from medseg.bundle import Bundle
 
 bundle = typer.Typer(
     name="bundle",
@@ -12,19 +16,125 @@ bundle = typer.Typer(
 )
 
 
+class Checkpoint(StrEnum):
+    """Which of nnU-Net's checkpoints."""
+
+    FINAL = "final"
+    BEST = "best"
+    LATEST = "latest"
+
+
+class Target(StrEnum):
+    """The names of `medseg.exchange.EXPORTERS`, which a help text should not have to import."""
+
+    NNUNET = "nnunet"
+    MONAI = "monai"
+    ONNX = "onnx"
+    OPENVINO = "openvino"
+
+
+# What an export writes, by which an older one is known that may be replaced.
+_MARKS = {
+    Target.NNUNET: ("plans.json",),
+    Target.MONAI: ("configs/metadata.json",),
+    Target.ONNX: ("*.onnx",),
+    Target.OPENVINO: ("*.xml",),
+}
+
+
 @bundle.command("import")
 def import_model(
     source: Annotated[
-        Path, typer.Argument(readable=False, help="nnU-Net results folder or exported zip, or a bundle.")
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            readable=False,
+            help="nnU-Net results folder or exported zip. A path may go on inside a zip.",
+        ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Bundle to write: a folder, or a .medseg file.")],
+    previous: Annotated[
+        Path | None, typer.Option(help="Model of a cascade's first stage, where it is not beside MODEL.")
+    ] = None,
+    checkpoint: Annotated[
+        Checkpoint | None, typer.Option(help="By default the first of these that is there.")
+    ] = None,
+    postprocessing: Annotated[
+        Path | None, typer.Option(help="nnU-Net's postprocessing.json, to be applied at every prediction.")
+    ] = None,
 ) -> None:
-    """Write a model of nnU-Net as a bundle."""
+    """Write a trained model of nnU-Net as a bundle: safetensors weights, hashes, no pickle."""
+    from dataclasses import replace
+
+    from medseg.bundle import write_bundle
+    from medseg.exchange.nnunet import load_nnunet
+
+    _check_out(out, ("bundle.yaml",))
+    model = load_nnunet(source, previous, None if checkpoint is None else checkpoint.value)
+    if postprocessing is not None:
+        model = replace(model, postprocessing=_read_postprocessing(postprocessing))
+    write_bundle(out, model)
+    typer.echo(f"Bundle: {out} ({_summary(model, len(model.folds))})")
 
 
 @bundle.command("export")
 def export_model(
-    model: Annotated[Path, typer.Argument(readable=False, help="Bundle, or any model that predict takes.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="What to write.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", readable=False, help="Bundle, or a model of nnU-Net.")
+    ],
+    to: Annotated[Target, typer.Option("--to", help="Format.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, or a file for one network.")],
+    fold: Annotated[
+        str | None, typer.Option(help="Only this fold; by default all that the format takes.")
+    ] = None,
+    previous: Annotated[
+        Path | None, typer.Option(help="Model of a cascade's first stage, where it is not beside MODEL.")
+    ] = None,
 ) -> None:
     """Write a model in another program's format."""
+    from medseg.bundle import Bundle
+    from medseg.errors import BundleError
+    from medseg.exchange import EXPORTERS, load_model
+
+    _check_out(out, _MARKS[to])
+    loaded = load_model(model, previous)
+    if not isinstance(loaded, Bundle):
+        raise BundleError(
+            f"{model}: is a MONAI bundle already. Pass a bundle of medseg or a model of nnU-Net."
+        )
+    if fold is not None:
+        loaded.state_dict(fold)
+    EXPORTERS[to.value](loaded, out, fold)
+    typer.echo(f"{to.value}: {out} ({_summary(loaded, 1 if fold else len(loaded.folds))})")
+
+
+def _check_out(out: Path, marks: tuple[str, ...]) -> None:
+    """Refuse to replace what is not an older result of the same kind."""
+    from medseg.errors import OutputError
+    from medseg.files import check_writable
+
+    if out.is_dir():
+        if any(out.iterdir()) and not any(any(out.glob(mark)) for mark in marks):
+            raise OutputError(f"{out}: holds something else (no {marks[0]}). Choose another output.")
+    elif out.exists() and not out.suffix:
+        raise OutputError(f"{out}: is a file of something else. Choose another output.")
+    check_writable(out, folder=not out.suffix)
+
+
+def _read_postprocessing(path: Path) -> dict[str, object]:
+    from medseg.config import read_mapping
+    from medseg.errors import ConfigError
+    from medseg.postprocess import Postprocessing
+
+    try:
+        return Postprocessing.from_nnunet(read_mapping(path)).to_dict()
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: is no postprocessing.json of nnU-Net ({error}).") from error
+
+
+def _summary(model: "Bundle", folds: int) -> str:
+    first = "" if model.previous is None else f" with {model.previous.configuration} as its first stage"
+    return (
+        f"{model.configuration}{first}, {folds} fold{'s' if folds != 1 else ''}, "
+        f"{len(model.labels.foreground)} labels, from {model}"
+    )
