@@ -6,6 +6,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 RESULTS := tests/benchmarks/results
 DATA ?= ../shared/data
+GOLDEN ?= ../shared/golden
 PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
@@ -39,11 +40,14 @@ check: $(READY) ## lint, format, types, layers
 golden: $(READY) ## only the comparisons with outputs of other programs, kept in ../shared/golden
 	$(BIN)/python -m pytest -m golden -rs
 
-bench: $(READY) $(PEERS_READY) ## the measurements of the README, side by side with the peers
-	@set -e; mkdir -p $(RESULTS); for script in tests/benchmarks/*_vs_*.py; do \
-		echo "== $$script"; \
-		$(BIN)/python $$script --peers $(PEERS)/bin/python --data $(DATA) --out $(RESULTS)/$$(basename $$script .py).json; \
+bench: $(READY) $(PEERS_READY) ## the measurements of the README, side by side with the peers; QUICK=1 only tries them
+	@set -e; for script in tests/benchmarks/goldens.py tests/benchmarks/*_vs_*.py; do \
+		name=$$(basename $$script .py); echo "== $$name"; \
+		case $$name in goldens) given="--golden $(GOLDEN)";; *) given="--peers $(PEERS)/bin/python --data $(DATA)";; esac; \
+		if [ -n "$(QUICK)" ]; then given="$$given --quick"; else given="$$given --out $(RESULTS)/$$name.json"; fi; \
+		$(BIN)/python $$script $$given; \
 	done
+	@[ -n "$(QUICK)" ] || $(BIN)/python tests/benchmarks/table.py --write
 
 peers: $(PEERS_READY) ## make .venv-peers with the programs that we compare with, never a dependency
 

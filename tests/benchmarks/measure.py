@@ -32,7 +32,7 @@ import numpy as np
 # Resident size is read this often; it costs microseconds.
 SAMPLE_SECONDS = 0.01
 # Children come and go more slowly.
-TREE_SECONDS = 0.05
+TREE_SECONDS = 0.03
 # PSS walks every page, 10 ms a gigabyte: it is read where the resident size reaches a new height, ...
 NEW_HEIGHT = 1.005
 # ... where nothing was read for so long, and never more often than this part of its own duration allows.
@@ -58,7 +58,7 @@ class Cost:
     """What one process and its children took.
 
     `peak_pss_mb` is the sum over the tree, sampled; `peak_rss_mb` is the kernel's own high-water mark of the
-    largest single process, shared libraries included, which no sampling can miss.
+    largest single process, shared libraries in full, which no short peak escapes.
     """
 
     cpu_seconds: float
@@ -81,12 +81,11 @@ class Row:
     met: bool | None = None
 
 
-def parser(description: str, data: bool = True, peers: bool = True) -> argparse.ArgumentParser:
-    """Return the options that every script has."""
+def parser(description: str, peers: bool = True) -> argparse.ArgumentParser:
+    """Return the options that every script takes, whether it needs them or not."""
     result = argparse.ArgumentParser(description=description.splitlines()[0])
     if peers:
         result.add_argument("--peers", type=Path, help="Python of the environment with nnunetv2 2.8.1")
-    if data:
         result.add_argument("--data", type=Path, help="folder that holds hippocampus/")
     result.add_argument("--out", type=Path, help="JSON file to write; without it nothing is kept")
     result.add_argument("--rounds", type=int, help="how often each program runs")
@@ -156,17 +155,17 @@ def measure(
             output.seek(0)
             text = output.read().decode(errors="replace")[-3000:]
             raise SystemExit(f"{command[0]} failed with {process.returncode} after {wall:.0f} s:\n{text}")
-    return Cost(usage.ru_utime + usage.ru_stime, wall, watcher.peak_mb, usage.ru_maxrss / 1024)
+    return Cost(usage.ru_utime + usage.ru_stime, wall, watcher.pss_mb, watcher.rss_mb)
 
 
 class PeakMemory(threading.Thread):
-    """Watches the memory (PSS) of a process and all below it, and costs next to nothing itself."""
+    """Watches the memory of a process and all below it, and costs next to nothing itself."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self.pid = pid
         self.stop = threading.Event()
-        self.peak_mb = 0.0
+        self.pss_mb = self.rss_mb = 0.0
 
     def run(self) -> None:
         """Sample until `stop` is set."""
@@ -175,11 +174,14 @@ class PeakMemory(threading.Thread):
             now = time.perf_counter()
             if now - tree_at >= TREE_SECONDS:
                 tree, tree_at = descendants(self.pid), now
-            resident = sum(resident_mb(pid) for pid in tree)
+            sizes = [kernel_mb(f"/proc/{pid}/status", "VmRSS", "VmHWM") for pid in tree]
+            self.rss_mb = max(self.rss_mb, *(mark for _, mark in sizes))
+            resident = sum(size for size, _ in sizes)
             new = resident > highest * NEW_HEIGHT
             if now < ready_at or not (new or now - read_at > QUIET_SECONDS):
                 continue
-            self.peak_mb = max(self.peak_mb, sum(pss_mb(pid) for pid in tree))
+            shares = [kernel_mb(f"/proc/{pid}/smaps_rollup", "Pss") for pid in tree]
+            self.pss_mb = max(self.pss_mb, sum(share for (share,) in shares))
             read_at = time.perf_counter()
             highest, ready_at = max(highest, resident), read_at + (read_at - now) / DUTY
 
@@ -196,22 +198,14 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def resident_mb(pid: int) -> float:
-    """Return the resident size of a process in MB, shared pages in full; 0 if it has ended."""
+def kernel_mb(path: str, *names: str) -> list[float]:
+    """Return sizes that the kernel lists in a file, in MB; 0 where the process has ended."""
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def pss_mb(pid: int) -> float:
-    """Return the proportional share of a process in MB; 0 if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(path).read_text().splitlines()
     except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+        lines = []
+    sizes = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.endswith("kB")}
+    return [sizes.get(name, 0.0) for name in names]
 
 
 def medians(costs: Sequence[Cost]) -> Cost:

@@ -1,26 +1,41 @@
-"""Prediction side by side with nnU-Net: CPU seconds and peak memory, in one run, alternating.
+"""Prediction side by side with nnU-Net and with MONAI's sliding window: small cases from end to end.
 
-Both get the same images, plan and (random) weights; both are measured as whole processes, start-up included,
-and their label maps are compared at the end::
+All get the same images, plan and (random) weights; all are measured as whole processes, start-up included, as
+a user runs them; with and without mirroring; and their label maps are compared at the end::
 
     python tests/benchmarks/predict_vs_nnunet.py --peers PEERS/bin/python --data DATA
 
-PEERS is a virtual environment with nnunetv2 2.8.1; DATA has ``hippocampus/{images,labels}``.
+PEERS is a virtual environment with nnunetv2 2.8.1; DATA has ``hippocampus/{images,labels}``. MONAI runs in
+medseg's own environment.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from preprocess_vs_nnunet import Cost, hippocampus, measure
+from cases import hippocampus
+from measure import (
+    Cost,
+    Row,
+    alternate,
+    medians,
+    parser,
+    percent,
+    python,
+    rounded,
+    runs,
+    save_result,
+    seconds,
+    took,
+)
 
 from medseg.bundle import save_bundle
 from medseg.io import open_dataset, read
@@ -30,9 +45,9 @@ from medseg.plan import make_plan, to_nnunet
 CONFIGURATION = "3d_fullres"
 # Cases from which the plan is made; the patch is then 40x56x40.
 PLANNED_CASES = 100
-# The bars of the project, for ten cases without mirroring.
-BAR_CPU_SECONDS = 15.0
-BAR_PEAK_MB = 1000.0
+# The bar of the project: at most this part of nnU-Net's CPU seconds, without mirroring.
+PART = 1 / 4
+EQUAL_VOXELS = 0.999
 
 # Runs in the peers' environment: our weights under nnU-Net's names (with its aliases) as a checkpoint.
 CHECKPOINT = """
@@ -59,54 +74,84 @@ from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfo
 if __name__ == "__main__":
     predict_entry_point_modelfolder()
 """
+MONAI = Path(__file__).with_name("predict_monai_case.py")
+NAMES = {"nnunet": "nnU-Net", "monai": "MONAI", "medseg": "medseg"}
 
 
 def main() -> None:
-    """Run both alternately and print what they took."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peers", type=Path, help="Python with nnunetv2; without it only medseg is measured")
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds hippocampus/")
-    parser.add_argument("--out", type=Path, default=Path("predict_vs_nnunet.json"))
-    parser.add_argument("--cases", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, help="for medseg; by default every core")
-    parser.add_argument("--mirror", action="store_true", help="average over eight flips")
-    options = parser.parse_args()
+    """Run all in turns, without and with mirroring."""
+    options_of = parser(__doc__ or "")
+    options_of.add_argument("--cases", type=int)
+    options_of.add_argument("--threads", type=int, help="for medseg; by default every core")
+    options = options_of.parse_args()
+    options.cases = options.cases or (2 if options.quick else 10)
+    rows: list[Row] = []
+    evidence: dict[str, Any] = {"cases": options.cases}
     with tempfile.TemporaryDirectory(prefix="medseg-bench-") as name:
-        result = compare(options, Path(name))
-    options.out.write_text(json.dumps(result, indent=1))
-    for program in result["median"]:
-        row = result["median"][program]
-        print(f"{program:<8}{row['cpu_seconds']:8.2f} CPU-s {row['peak_pss_mb']:8.0f} MB")
-    row = result["median"]["medseg"]
-    meets = row["cpu_seconds"] <= BAR_CPU_SECONDS and row["peak_pss_mb"] <= BAR_PEAK_MB
-    if not options.mirror:
-        print(f"medseg {'meets' if meets else 'misses'} {BAR_CPU_SECONDS:g} CPU-s and {BAR_PEAK_MB:g} MB")
-    if "equal_voxels" in result:
-        print(f"equal voxels: {100 * result['equal_voxels']:.4f} %")
+        folder = Path(name)
+        images = make_models(options, folder)
+        for mirror in (False, True):
+            word = "mirroring" if mirror else "no mirroring"
+            print(f"predict {options.cases} cases, {word}", flush=True)
+            rounds = options.rounds or (1 if mirror or options.quick else 2)
+            result = compare(options, folder, images, mirror, rounds)
+            evidence[word] = result
+            rows += rows_of(result, options.cases, word, None if mirror else PART)
+    save_result(options, rows, evidence)
 
 
-def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Measure both, `rounds` times each."""
-    images = make_models(options, folder)
-    commands = {"medseg": medseg_command(options, folder, images)}
-    environment = dict(os.environ)
-    if options.peers:
-        commands = {"nnunet": nnunet_command(options, folder, images), **commands}
-        environment |= {key: str(folder) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    runs: dict[str, list[Cost]] = {name: [] for name in commands}
-    for _ in range(options.rounds):
-        for name, command in commands.items():
-            runs[name].append(measure(command, environment))
-    result: dict[str, Any] = {
-        "cases": options.cases,
-        "mirror": options.mirror,
-        "runs": {name: [asdict(cost) for cost in costs] for name, costs in runs.items()},
-        "median": {name: medians(costs) for name, costs in runs.items()},
+def compare(
+    options: argparse.Namespace, folder: Path, images: Path, mirror: bool, rounds: int
+) -> dict[str, Any]:
+    """Measure each program, `rounds` times."""
+    output = folder / ("mirror" if mirror else "plain")
+    commands = {
+        "monai": monai_command(folder, images, output / "monai", mirror),
+        "medseg": medseg_command(options, folder, images, output / "medseg", mirror),
     }
     if options.peers:
-        result["equal_voxels"] = equal_voxels(folder / "nnunet", folder / "medseg")
-    return result
+        commands = {
+            "nnunet": nnunet_command(options, folder, images, output / "nnunet", mirror),
+            **commands,
+        }
+    environment = {key: str(folder) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    costs = alternate(commands, rounds, environment)
+    return {
+        "median": {name: rounded(asdict(medians(found))) for name, found in costs.items()},
+        "equal_voxels_with_medseg": {
+            name: equal_voxels(output / name, output / "medseg") for name in commands if name != "medseg"
+        },
+        "runs": runs(costs),
+    }
+
+
+def rows_of(result: Mapping[str, Any], cases: int, word: str, part: float | None) -> list[Row]:
+    """Say what each program took, and whether its labels are ours."""
+    costs = {name: Cost(**values) for name, values in result["median"].items()}
+    equal, ours = result["equal_voxels_with_medseg"], costs["medseg"]
+    rows = []
+    for name in ("nnunet", "monai"):
+        if name not in costs:
+            continue
+        bar, met = "", None
+        if name == "nnunet" and part is not None:
+            limit = part * costs[name].cpu_seconds
+            bar, met = f"≤ 1/{1 / part:.0f} = {seconds(limit)}", ours.cpu_seconds <= limit
+        who = "" if name == "nnunet" else f"{NAMES[name]}: "
+        what = f"predict {cases} hippocampus cases from end to end, same weights, {word}"
+        rows.append(Row(what, who + took(costs[name]), took(ours), bar, met))
+    if "nnunet" in equal:
+        part_equal = equal["nnunet"]
+        rows.append(
+            Row(
+                f"voxels with equal labels in that prediction, {word} (MONAI's: {percent(equal['monai'])})",
+                "-",
+                percent(part_equal),
+                f"≥ {100 * EQUAL_VOXELS:g} %",
+                part_equal >= EQUAL_VOXELS,
+            )
+        )
+    return rows
 
 
 def make_models(options: argparse.Namespace, folder: Path) -> Path:
@@ -130,39 +175,43 @@ def make_models(options: argparse.Namespace, folder: Path) -> Path:
         (model / "plans.json").write_text(json.dumps(to_nnunet(plan)))
         (model / "dataset.json").write_text((root / "dataset.json").read_text())
         np.savez(folder / "weights.npz", **{name: value.numpy() for name, value in weights.items()})
-        command = [str(options.peers), "-c", CHECKPOINT, str(model), str(folder / "weights.npz")]
+        command = [python(options.peers), "-c", CHECKPOINT, str(model), str(folder / "weights.npz")]
         subprocess.run(command, check=True)
         (folder / "nnunet_predict.py").write_text(NNUNET)
     return images
 
 
-def medseg_command(options: argparse.Namespace, folder: Path, images: Path) -> list[str]:
+def medseg_command(
+    options: argparse.Namespace, folder: Path, images: Path, output: Path, mirror: bool
+) -> list[str]:
     """Return the command of a user."""
     command = [sys.executable, "-m", "medseg", "predict", str(images), "-m", str(folder / "bundle")]
-    command += ["-o", str(folder / "medseg"), "--device", "cpu"]
-    command += [] if options.mirror else ["--no-mirror"]
+    command += ["-o", str(output), "--device", "cpu"]
+    command += [] if mirror else ["--no-mirror"]
     return command + (["--threads", str(options.threads)] if options.threads else [])
 
 
-def nnunet_command(options: argparse.Namespace, folder: Path, images: Path) -> list[str]:
+def monai_command(folder: Path, images: Path, output: Path, mirror: bool) -> list[str]:
+    """Return a program of MONAI's parts."""
+    command = [sys.executable, str(MONAI), str(images), str(folder / "bundle"), str(output)]
+    return command + (["--mirror"] if mirror else [])
+
+
+def nnunet_command(
+    options: argparse.Namespace, folder: Path, images: Path, output: Path, mirror: bool
+) -> list[str]:
     """Return nnU-Net's ``nnUNetv2_predict_from_modelfolder``."""
-    command = [str(options.peers), str(folder / "nnunet_predict.py"), "-i", str(images)]
-    command += ["-o", str(folder / "nnunet"), "-m", str(folder / "model"), "-f", "0", "-device", "cpu"]
-    return command + (
-        ["--disable_progress_bar"] if options.mirror else ["--disable_tta", "--disable_progress_bar"]
-    )
-
-
-def medians(costs: list[Cost]) -> dict[str, float]:
-    """Return the median of every measure."""
-    return {name: float(np.median([asdict(cost)[name] for cost in costs])) for name in asdict(costs[0])}
+    command = [python(options.peers), str(folder / "nnunet_predict.py"), "-i", str(images), "-o", str(output)]
+    command += ["-m", str(folder / "model"), "-f", "0", "-device", "cpu", "--disable_progress_bar"]
+    return command + ([] if mirror else ["--disable_tta"])
 
 
 def equal_voxels(theirs: Path, ours: Path) -> float:
     """Return the part of all voxels whose labels are equal."""
     equal = total = 0
     for path in sorted(theirs.glob("*.nii.gz")):
-        same = read(path).array == read(ours / path.name).array
+        name = path.name.replace("_0000.", ".")
+        same = read(path).array == read(ours / name).array
         equal, total = equal + int(same.sum()), total + same.size
     return equal / total
 
