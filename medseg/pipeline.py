@@ -250,12 +250,22 @@ class _Run:
         todo = [case for case in self.cases if case.name not in finished]
         try:
             self.work_off(todo, self.stages(read_timeout))
-        except BaseException:
+        except BaseException as error:
             with suppress(MedsegError):  # what stopped the work is said, not what follows from it
                 self.write_report()
+            if isinstance(error, Cancelled):
+                raise Cancelled(self.stopped()) from error
             raise
         self.write_report()
         return self.results
+
+    def stopped(self) -> str:
+        """Return what to say when the work was stopped on request."""
+        done = sum(row.status in ("done", "skipped") for row in self.results)
+        return (
+            f"stopped on request with {done} of {len(self.cases)} cases done. "
+            "Run the same command with --resume to go on."
+        )
 
     def work_off(self, todo: Sequence[Case], stages: tuple[Stage, ...]) -> None:
         """Send cases through the stages, and note what becomes of them."""

@@ -1,9 +1,11 @@
 """The command line: one file a verb; this one lists them and turns errors into exit codes."""
 
+import gc
 import logging
 import os
 import sys
-from typing import Annotated
+import threading
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -16,12 +18,13 @@ from medseg.cli.evaluate import evaluate
 from medseg.cli.info import info
 from medseg.cli.plan import plan
 from medseg.cli.predict import predict
-from medseg.cli.progress import TerminalListener
+from medseg.cli.progress import MessageHandler, TerminalListener
 from medseg.cli.select import select
+from medseg.cli.signals import PATIENT, Signals, leave
 from medseg.cli.train import stop, train
-from medseg.errors import MedsegError, ResourceError
+from medseg.errors import Cancelled, MedsegError, ResourceError
 from medseg.files import DISK_FULL, is_disk_full
-from medseg.log import listening
+from medseg.log import listening, logger
 
 app = typer.Typer(
     help="From a folder of images to a trained, evaluated 3D segmentation model.",
@@ -34,11 +37,14 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         typer.echo(medseg.__version__)
         raise typer.Exit
+    if isinstance(context.obj, Signals):
+        context.obj.patient = context.invoked_subcommand in PATIENT
 
 
 for verb in (check, plan, train, stop, predict, evaluate, select, demo, info, clean):
@@ -46,25 +52,42 @@ for verb in (check, plan, train, stop, predict, evaluate, select, demo, info, cl
 app.add_typer(bundle)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run ``medseg``: one sentence on stderr and the exit code of `medseg.errors` when something fails."""
     # Waiting threads sleep instead of spinning: beside other work, a step of training took 0.6 CPU-seconds
     # instead of 1.1 to 1.7 (DECISIONS.md, 19). The OpenMP runtime reads this once, when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     listener = TerminalListener()
-    listener.watch_interrupt()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("medseg").setLevel(logging.INFO)
+    signals = Signals(listener)
+    signals.watch()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[MessageHandler(listener)])
+    logger.setLevel(logging.INFO)
+    with listening(listener):
+        code = _run(signals)
+    listener.close()
+    if signals.received or any(thread.name.startswith("medseg ") for thread in threading.enumerate()):
+        leave(code)  # a thread that is still busy would be waited for
+    gc.freeze()  # what ends with the process need not be searched for cycles: half a second with torch
+    sys.exit(code)
+
+
+def _run(signals: Signals) -> int:
+    """Run the command that was asked for; return its exit code."""
     try:
-        with listening(listener):
-            app()
+        app(obj=signals)
+    except SystemExit as error:  # how a command ends that went well, and one with a wrong option
+        return error.code if isinstance(error.code, int) else 0
+    except Cancelled as error:
+        _report(error)
+        return signals.exit_code
     except MedsegError as error:
-        sys.exit(_report(error))
+        return _report(error)
     except KeyboardInterrupt:
-        sys.stderr.write("Stopped. Run the same command again to continue.\n")
-        sys.exit(130)
+        logger.error("Stopped. Run the same command again to continue.")
+        return signals.exit_code
     except (MemoryError, OSError) as error:
-        sys.exit(_report(_said(error)))
+        return _report(_said(error))
+    return 0
 
 
 def _said(error: MemoryError | OSError) -> MedsegError:
@@ -78,5 +101,5 @@ def _said(error: MemoryError | OSError) -> MedsegError:
 
 
 def _report(error: MedsegError) -> int:
-    sys.stderr.write(f"Error: {error}\n")
+    logger.error("Error: %s", error)
     return error.exit_code

@@ -1,9 +1,9 @@
 """Draws progress on stderr: a live bar on a terminal, a line now and then elsewhere."""
 
-import signal
+import logging
 import sys
 import time
-from types import FrameType
+from threading import RLock
 from typing import Any
 
 from medseg.log import Listener
@@ -14,56 +14,72 @@ LINE_EVERY_SECONDS = 20.0
 
 
 class TerminalListener(Listener):
-    """Shows every task that takes longer than two seconds; the first Ctrl-C asks the work to stop."""
+    """Shows every task that takes longer than two seconds; threads may report at the same time."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True, highlight=False)
+        self.console: Any = None
         self.tasks: dict[int, _Shown] = {}
         self.bar: Any = None
         self.interrupted = False
-
-    def watch_interrupt(self) -> None:
-        """Turn the first Ctrl-C into a request, so that files are never left half-written."""
-
-        def handle(_signal: int, _frame: FrameType | None) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-            sys.stderr.write("\nStopping after this step. Press Ctrl-C again to stop at once.\n")
-
-        signal.signal(signal.SIGINT, handle)
+        self.lock = RLock()
 
     def started(self, key: int, label: str, total: int | None) -> None:
         """Remember the task; it is drawn when it has lasted."""
-        self.tasks[key] = _Shown(label, total)
+        with self.lock:
+            self.tasks[key] = _Shown(label, total)
 
     def advanced(self, key: int, steps: int, note: str) -> None:
         """Update the bar, or print a line."""
-        task = self.tasks[key]
-        task.done += steps
-        task.note = note or task.note
-        if time.monotonic() - task.began < QUIET_SECONDS:
-            return
-        if self.console.is_terminal:
-            self._draw(task)
-        elif time.monotonic() - task.printed > LINE_EVERY_SECONDS:
-            task.printed = time.monotonic()
-            self.console.print(task.line(), soft_wrap=True)
+        with self.lock:
+            task = self.tasks[key]
+            task.done += steps
+            task.note = note or task.note
+            if time.monotonic() - task.began < QUIET_SECONDS:
+                return
+            if self._is_terminal():
+                self._draw(task)
+            elif time.monotonic() - task.printed > LINE_EVERY_SECONDS:
+                task.printed = time.monotonic()
+                self.say(task.line())
 
     def finished(self, key: int) -> None:
         """Take the task off the display."""
-        task = self.tasks.pop(key)
-        if self.bar is not None and task.row is not None:
-            self.bar.remove_task(task.row)
-            if not self.tasks:
-                self.bar.stop()
-                self.bar = None
+        with self.lock:
+            task = self.tasks.pop(key)
+            if self.bar is not None and task.row is not None:
+                self.bar.remove_task(task.row)
+                if not any(other.row is not None for other in self.tasks.values()):
+                    self.close()
 
     def cancelled(self) -> bool:
-        """Return whether Ctrl-C was pressed."""
+        """Return whether a signal asked the work to stop."""
         return self.interrupted
+
+    def say(self, text: str) -> None:
+        """Print a message, above the bar if there is one."""
+        with self.lock:
+            if self.bar is None:
+                sys.stderr.write(text + "\n")
+                sys.stderr.flush()
+            else:
+                self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Take the bar off the display."""
+        with self.lock:
+            if self.bar is not None:
+                self.bar.stop()
+                self.bar = None
+            for task in self.tasks.values():
+                task.row = None
+
+    def _is_terminal(self) -> bool:
+        """Return whether there is a terminal to draw on; the library that draws is only then imported."""
+        if self.console is None and sys.stderr.isatty():
+            from rich.console import Console
+
+            self.console = Console(stderr=True, highlight=False)
+        return self.console is not None and bool(self.console.is_terminal)
 
     def _draw(self, task: "_Shown") -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -87,6 +103,21 @@ class TerminalListener(Listener):
         self.bar.update(task.row, completed=task.done, note=task.note)
 
 
+class MessageHandler(logging.Handler):
+    """Prints what medseg and its libraries have to say, without tearing the bar."""
+
+    def __init__(self, listener: TerminalListener) -> None:
+        super().__init__()
+        self.listener = listener
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        try:
+            self.listener.say(self.format(record))
+        except Exception:  # as the handlers of the standard library do
+            self.handleError(record)
+
+
 class _Shown:
     """One task on the display."""
 
@@ -100,7 +131,8 @@ class _Shown:
     def line(self) -> str:
         """Return the task as one line of text, with the time left."""
         if not self.total or not self.done:
-            return f"{self.label}: {self.done}  {self.note}"
+            total = f" of {self.total}" if self.total else ""
+            return f"{self.label}: {self.done}{total}  {self.note}".rstrip()
         seconds = (time.monotonic() - self.began) * (self.total - self.done) / self.done
         left = f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
         return f"{self.label}: {100 * self.done // self.total} %, {left}  {self.note}".rstrip()

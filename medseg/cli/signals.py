@@ -1,0 +1,76 @@
+"""Ctrl-C and SIGTERM: the work is asked to stop, and the process ends in time whatever its threads do."""
+
+import os
+import signal
+import sys
+from threading import Timer
+from types import FrameType
+from typing import NoReturn
+
+from medseg.cli.progress import TerminalListener
+from medseg.files import discard_unfinished
+
+# The work has this long to stop by itself; the command is gone within two seconds.
+GRACE_SECONDS = 1.6
+# These finish the step and save the state, however long that takes.
+PATIENT = ("train", "demo")
+
+
+class Signals:
+    """Turns the first signal into a request, and sees to it that the request is met."""
+
+    def __init__(self, listener: TerminalListener) -> None:
+        self.listener = listener
+        self.patient = False
+        self.received: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended."""
+        return 128 + (self.received or signal.SIGINT)
+
+    def watch(self) -> None:
+        """Take over SIGINT and SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Ask the work to stop; the second time, stop it."""
+        again, self.received = self.received is not None, number
+        self.listener.interrupted = True
+        if again and self.patient:
+            raise KeyboardInterrupt
+        if again:
+            self.leave()
+        if self.patient:
+            _say("\nStopping after this step. Press Ctrl-C again to stop at once.\n")
+            return
+        _say("\nStopping.\n")
+        timer = Timer(GRACE_SECONDS, self.leave)
+        timer.daemon = True
+        timer.start()
+
+    def leave(self) -> NoReturn:
+        """End the process without waiting for its threads."""
+        leave(self.exit_code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now: threads that compute, or wait for a dead disk, would be waited for otherwise."""
+    discard_unfinished()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, RuntimeError):  # closed, or in the middle of a write
+            continue
+    if sys.stderr.isatty():
+        _say("\x1b[?25h")  # a live display hides the cursor
+    os._exit(code)
+
+
+def _say(text: str) -> None:
+    """Write to stderr from a signal handler, where Python's own streams may be in the middle of a write."""
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        return
