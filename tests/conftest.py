@@ -43,3 +43,13 @@ def data_dir() -> Path:
 def golden_dir() -> Path:
     """Folder with outputs of nnU-Net and of metric packages."""
     return _present(_shared() / "golden")
+
+
+@pytest.fixture(scope="session")
+def peer_python() -> Path:
+    """Python of an environment that has nnU-Net 2.8.1 (``make peers``), or the one MEDSEG_PEERS names."""
+    given = os.environ.get("MEDSEG_PEERS")
+    python = Path(given) if given else Path(__file__).resolve().parents[1] / ".venv-peers" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no Python with nnU-Net at {python} (make peers, or set MEDSEG_PEERS to one)")
+    return python
