@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a prediction in under two seconds, whatever its threads compute, and leave nothing."""
+"""Ctrl-C and SIGTERM end a prediction in under two seconds, whatever computes, and leave nothing behind."""
 
 import json
 import os
