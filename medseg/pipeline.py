@@ -5,16 +5,17 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
 from medseg import log
-from medseg.bundle import Bundle, load_bundle
+from medseg.bundle import Bundle
 from medseg.errors import (
+    BundleError,
     Cancelled,
     ConfigError,
     DataError,
@@ -25,6 +26,7 @@ from medseg.errors import (
     ReadError,
     ResourceError,
 )
+from medseg.exchange import load_model
 from medseg.files import check_writable, is_disk_full, sha256_file, write_text
 from medseg.io.dataset import Case, list_cases, read_image, read_label
 from medseg.io.formats import WRITERS, is_image, stem_of, suffix_of, write
@@ -35,12 +37,14 @@ from medseg.types import Array, FloatArray, PathLike
 from medseg.volume import Geometry, Volume
 
 if TYPE_CHECKING:
+    from medseg.exchange.monai_in import MonaiModel
     from medseg.infer import Options, Predictor
     from medseg.labels import LabelSet
     from medseg.preprocess import Preprocessed
 
 Image = PathLike | Volume | tuple[Array, FloatArray] | list[PathLike]
-Models = PathLike | Bundle | Sequence[PathLike | Bundle]
+Model: TypeAlias = "PathLike | Bundle | MonaiModel"
+Models: TypeAlias = "Model | Sequence[Model]"
 Status = Literal["done", "skipped", "failed", "planned"]
 
 REPORT = "predictions.json"
@@ -108,7 +112,7 @@ def segment(
     probabilities: PathLike | None = None,
     options: "Options | None" = None,
     previous: PathLike | None = None,
-    previous_labels: "PathLike | Volume | None" = None,
+    previous_labels: PathLike | Volume | None = None,
     **changes: Any,
 ) -> Segmentation:
     """Segment one image.
@@ -142,6 +146,7 @@ def segment(
     >>> write(result.volume, "labels.nii.gz")                   # doctest: +SKIP
     """
     predictor = _predictor(models, options, changes, previous)
+    _check_cascade(predictor, previous_labels is not None)
     volume = _to_volume(image, len(_channels(predictor)))
     if previous_labels is None:
         return predictor.segment(volume, probabilities)
@@ -159,6 +164,7 @@ def predict_folder(
     read_timeout: float = READ_TIMEOUT_SECONDS,
     previous: PathLike | None = None,
     previous_labels: PathLike | None = None,
+    checkpoint: str | None = None,
     memory: int | None = None,
     **changes: Any,
 ) -> list[CaseResult]:
@@ -180,6 +186,7 @@ def predict_folder(
     previous : as for :func:`segment`
     previous_labels : folder with the label maps of a cascade's first stage, named CASE with any ending
         (nnU-Net's ``-prev_stage_predictions``)
+    checkpoint : of a model of nnU-Net, ``final`` or ``best``
     memory : bytes that a case may need to be read while others are under way; by default what is free then
 
     Returns
@@ -193,35 +200,52 @@ def predict_folder(
         Nothing can be predicted at all: no image, no usable model, no space on the disk, or the one
         file is bad.
     """
-    predictor = _predictor(models, options, changes, previous)
+    predictor = _predictor(models, options, changes, previous, checkpoint)
+    _check_cascade(predictor, previous_labels is not None)
     first_stages = None if previous_labels is None else _list_first_stages(previous_labels)
     run = _Run(predictor, Path(source), Path(output), save_probabilities, first_stages, memory)
     return run.all(run.finished() if resume else {}, read_timeout)
 
 
-def list_work(source: PathLike, models: Models, output: PathLike) -> list[CaseResult]:
+def list_work(
+    source: PathLike,
+    models: "Models",
+    output: PathLike,
+    previous: PathLike | None = None,
+    checkpoint: str | None = None,
+) -> list[CaseResult]:
     """Return the cases that :func:`predict_folder` would predict; nothing is run or written."""
-    channels = len(load_models(models)[0].plan.channels)
-    cases = list_cases(source, channels)
+    first = load_models(models, previous, checkpoint)[0]
+    channels = first.plan.channels if isinstance(first, Bundle) else first.channels
+    cases = list_cases(source, len(channels))
     return [CaseResult(case.name, "planned", path) for case, path in _targets(cases, source, output)]
 
 
-def load_models(models: Models, previous: PathLike | None = None) -> tuple[Bundle, ...]:
+def load_models(
+    models: "Models", previous: PathLike | None = None, checkpoint: str | None = None
+) -> "tuple[Bundle | MonaiModel, ...]":
     """Open one model or several.
 
     Parameters
     ----------
     models : paths or loaded models
     previous : model of a cascade's first stage, where it does not lie beside the second
+    checkpoint : of a model of nnU-Net, ``final`` or ``best``
     """
-    if isinstance(models, str | Path | Bundle):
-        models = [models]
-    return tuple(each if isinstance(each, Bundle) else _load_model(each, previous) for each in models)
+    several = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
+    return tuple(_load_model(each, previous, checkpoint) for each in several)
 
 
-def _load_model(path: PathLike, previous: PathLike | None) -> Bundle:
-    bundle = load_bundle(path)
-    return bundle if previous is None else replace(bundle, previous=load_bundle(previous))
+def _load_model(model: "Model", previous: PathLike | None, checkpoint: str | None) -> "Bundle | MonaiModel":
+    if not isinstance(model, str | Path):
+        return model
+    if checkpoint is None:
+        return load_model(model, previous)
+    from medseg.exchange.nnunet import is_nnunet_model, load_nnunet
+
+    if not is_nnunet_model(model):
+        raise ConfigError(f"{model}: is no model of nnU-Net, so there is no checkpoint {checkpoint!r} of it.")
+    return load_nnunet(model, previous, checkpoint)
 
 
 @dataclass
@@ -373,6 +397,9 @@ class _Run:
     def provenance(self) -> dict[str, Any]:
         """Models and settings, as the report will hold them."""
         content: dict[str, Any] = json.loads(json.dumps(self.predictor.provenance()))
+        if self.first_stages is None:  # else the hashes of the label maps are with their cases
+            stages = [bundle.previous for bundle in _bundles(self.predictor) if bundle.previous]
+            content["first_stages"] = [stage.digest for stage in stages]
         return content
 
     def write_report(self, at_once: bool = True) -> None:
@@ -394,14 +421,36 @@ def _predictor(
     options: "Options | None",
     changes: Mapping[str, Any],
     previous: PathLike | None,
+    checkpoint: str | None = None,
 ) -> "Predictor":
     from medseg.infer import Predictor
 
     if isinstance(models, Predictor):
-        if options is not None or changes or previous is not None:
+        if options is not None or changes or previous is not None or checkpoint is not None:
             raise ConfigError("a Predictor has its options already. Make it with those you want.")
         return models
-    return Predictor(load_models(models, previous), options, **changes)
+    return Predictor(cast(Any, load_models(models, previous, checkpoint)), options, **changes)
+
+
+def _bundles(predictor: "Predictor") -> tuple[Bundle, ...]:
+    """Return the models that have plans: those of MONAI have none."""
+    return getattr(predictor, "bundles", ())
+
+
+def _check_cascade(predictor: "Predictor", given: bool) -> None:
+    """Refuse a first stage that is missing, or one that nobody asks for, before anything is read."""
+    cascades = [bundle for bundle in _bundles(predictor) if bundle.settings.previous_stage]
+    if given and not cascades:
+        raise ConfigError(
+            "the model is no cascade, so it takes no label maps of a first stage. Leave them out."
+        )
+    for bundle in cascades:
+        if bundle.previous is None and not given:
+            raise BundleError(
+                f"{bundle}: {bundle.configuration} needs its first stage {bundle.settings.previous_stage}, "
+                "which is not with it. Give the model with --previous, or its label maps with "
+                "--previous-labels."
+            )
 
 
 def _channels(predictor: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from medseg import pipeline
-from medseg.bundle import save_bundle
+from medseg.bundle import load_bundle, save_bundle
 from medseg.cli.info import info
 from medseg.cli.predict import predict
 from medseg.errors import (
@@ -110,7 +110,7 @@ def test_a_folder_becomes_label_maps_on_the_grids_of_their_images(bundle, images
 def test_the_report_says_what_was_done_to_which_files_by_which_model(bundle, images, tmp_path):
     predict_folder(images, bundle, tmp_path / "out", **FAST)
     content = report(tmp_path / "out")
-    assert content["provenance"]["models"][0]["sha256"] == pipeline.load_bundle(bundle).digest
+    assert content["provenance"]["models"][0]["sha256"] == load_bundle(bundle).digest
     assert content["provenance"]["models"][0]["mirror_axes"] == []
     row = content["cases"][0]
     assert row["case"] == "ann" and row["status"] == "done" and row["seconds"] > 0

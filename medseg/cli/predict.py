@@ -120,7 +120,7 @@ def predict(
     with _quick_imports():
         from medseg import pipeline
     if dry_run:
-        _print(pipeline.list_work(source, list(model), out), out, json)
+        _print(pipeline.list_work(source, list(model), out, previous, checkpoint), out, json)
         return
     with _quick_imports():
         from medseg.infer import Options
@@ -143,6 +143,7 @@ def predict(
         options,
         previous=previous,
         previous_labels=previous_labels,
+        checkpoint=checkpoint,
     )
     _print(results, out, json)
     typer.echo(_summary(results, time.monotonic() - began), err=True)
