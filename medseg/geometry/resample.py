@@ -7,6 +7,7 @@ nnU-Net v2 ``preprocessing/resampling/default_resampling.py``, that is ``skimage
 the input, and batchgenerators 0.25.5 ``resize_segmentation`` for label maps.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -85,6 +86,55 @@ def nearest_voxels(n_in: int, n_out: int) -> IntArray:
     """Return the index of the input voxel that each output voxel copies (order 0; halves go up)."""
     indices: IntArray = np.floor(source_positions(n_in, n_out) + 0.5).astype(np.intp)
     return np.clip(indices, 0, n_in - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Taps:
+    """The two neighbours that each output voxel of one axis reads, for order 0 and 1.
+
+    Attributes
+    ----------
+    lower, upper : (m,)
+        Input voxels, ascending; `upper` is `lower` or the one after it.
+    weights : (2, m) float32
+        Of lower and upper: at least 0, sum 1; the upper one is 0 where `upper` is `lower`.
+    n_in : int
+        Input voxels of the axis.
+    """
+
+    lower: IntArray
+    upper: IntArray
+    weights: FloatArray
+    n_in: int
+
+    def ready(self, start: int, stop: int) -> slice:
+        """Return the outputs that input voxels [start, stop) suffice for, and [0, start + 1) do not.
+
+        Consecutive parts of the input that overlap by one voxel give consecutive parts of the output.
+        """
+        first = 0 if start == 0 else int(np.searchsorted(self.lower, start))
+        last = len(self.lower) if stop == self.n_in else int(np.searchsorted(self.lower, stop - 1))
+        return slice(first, max(first, last))
+
+
+def axis_taps(n_in: int, n_out: int, order: int) -> Taps:
+    """Return what a zoom of order 0 or 1 along one axis reads; equal to :func:`axis_weights`."""
+    if n_in == n_out or order == 0:
+        voxels = nearest_voxels(n_in, n_out)
+        return Taps(voxels, voxels, np.repeat(np.array([[1], [0]], np.float32), n_out, axis=1), n_in)
+    (lower, upper), weights = _linear_neighbours(n_in, n_out)
+    weights = np.where(upper == lower, np.array([[1.0], [0.0]]), weights).astype(np.float32)
+    return Taps(lower, upper, weights, n_in)
+
+
+def zoom_taps(
+    shape: Shape, target: Shape, order: int, separate: int | None = None, order_z: int = 0
+) -> tuple[Taps, ...] | None:
+    """Return the taps of each axis of :func:`resample`, or None where a spline above order 1 is wanted."""
+    orders = [order_z if axis == separate else order for axis in range(len(shape))]
+    if any(n != m and o > 1 for n, m, o in zip(shape, target, orders, strict=True)):
+        return None
+    return tuple(axis_taps(n, m, o) for n, m, o in zip(shape, target, orders, strict=True))
 
 
 def resample(

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 
 from medseg.labels import LabelSet
 from medseg.plan.schema import Configuration
-from medseg.preprocess import Record, decide_probabilities, probability_slabs
+from medseg.preprocess import Part, Record, decide_probabilities, probability_parts
 from medseg.types import FloatArray, PathLike
 from medseg.volume import Volume
 
@@ -28,8 +28,8 @@ class Output:
 def combine(outputs: Sequence[Output], labels: LabelSet, path: PathLike | None = None) -> Volume:
     """Decide labels on the mean of the probabilities of several models.
 
-    They are averaged a slab at a time on the cropped source grid, so nothing of the size classes x volume
-    is held but the logits.
+    They are averaged a brick at a time on the cropped source grid, so nothing of the size classes x volume
+    is held but the logits on the networks' grids (in a file where they are many).
 
     Parameters
     ----------
@@ -39,18 +39,19 @@ def combine(outputs: Sequence[Output], labels: LabelSet, path: PathLike | None =
     record = outputs[0].record
     aligned = [_reorder(output, record.transpose) for output in outputs]
     assert all(output.record.crop == record.crop for output in aligned)  # the crop is of the image
-    streams = [probability_slabs(o.logits, o.record, labels, o.configuration) for o in aligned]
-    return decide_probabilities(_mean(streams), labels.n_outputs, record, labels, path)
+    streams = [probability_parts(o.logits, o.record, labels, o.configuration) for o in aligned]
+    return decide_probabilities(_mean(streams), record, labels, path)
 
 
-def _mean(streams: Sequence[Iterator[tuple[slice, FloatArray]]]) -> Iterator[tuple[slice, FloatArray]]:
-    # Slabs are cut by shape and number of classes, which all models share.
+def _mean(streams: Sequence[Iterator[Part]]) -> Iterator[Part]:
+    # Parts are cut by shape and number of classes, which all models share.
     for parts in zip(*streams, strict=True):
-        rows, total = parts[0]
-        for _, values in parts[1:]:
+        region, total = parts[0]
+        for other, values in parts[1:]:
+            assert other == region
             total += values
         total /= len(parts)
-        yield rows, total
+        yield region, total
 
 
 def _reorder(output: Output, transpose: tuple[int, int, int]) -> Output:

@@ -14,11 +14,12 @@ from medseg.bundle import Bundle
 from medseg.errors import BundleError, ConfigError
 from medseg.infer.ensemble import Output, combine
 from medseg.infer.runtime import Runtime, choose_runtime, count_threads
-from medseg.infer.sliding import sliding_window
+from medseg.infer.sliding import Window, in_half_or_single
 from medseg.labels import LabelSet
 from medseg.preprocess import (
     Preprocessed,
     Record,
+    Way,
     preprocess,
     preprocess_labels,
     restore_labels,
@@ -42,6 +43,9 @@ class Options:
     compatible : float16 sums with nnU-Net's roundings, else float32
     threads : CPU threads; None uses every core that this process may use
     folds : of every bundle; None averages all
+    skip_air : leave out tiles that hold only the image's minimum or padding, and call background what no
+        other tile covers. Exact where a model finds nothing in air; off by default since a network may
+        mark some there. (Tiles of one constant value are always computed once only, which changes nothing.)
     """
 
     mirror: bool | None = None
@@ -51,6 +55,7 @@ class Options:
     compatible: bool = True
     threads: int | None = None
     folds: tuple[str, ...] | None = None
+    skip_air: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:
@@ -80,6 +85,16 @@ class Predictor:
         self.options = options or Options(**changes)
         _check(self.bundles)
         self.models = [Model(bundle, self.options) for bundle in self.bundles]
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """What each channel of an image must be."""
+        return self.bundle.plan.channels
+
+    @property
+    def labels(self) -> LabelSet:
+        """Meaning of the result's integers."""
+        return self.bundle.labels
 
     @property
     def bundle(self) -> Bundle:
@@ -130,12 +145,22 @@ class Predictor:
     ) -> Segmentation:
         """Like :meth:`segment`, with the result of :meth:`prepare`."""
         path = None if probabilities is None else Path(probabilities)
-        outputs = [
-            Output(model.run(volume, case, previous), case.record, model.bundle.settings)
-            for model, case in zip(self.models, prepared, strict=True)
-        ]
-        result = self._finish(_restore(outputs, self.bundle.labels, path))
-        return Segmentation(result, self.bundle.labels, self.provenance(), path)
+        result = self._finish(self._restore(volume, prepared, path, previous))
+        return Segmentation(result, self.labels, self.provenance(), path)
+
+    def _restore(
+        self, volume: Volume, prepared: Sequence[Preprocessed], path: Path | None, previous: Volume | None
+    ) -> Volume:
+        """Return labels on the source grid: of one model in one stream, of several on their mean."""
+        cases = list(zip(self.models, prepared, strict=True))
+        if len(cases) == 1:
+            model, case = cases[0]
+            return model.restore(model.data(volume, case, previous), case.record, path)
+        outputs = []
+        for model, case in cases:
+            logits = model.logits(model.data(volume, case, previous), case.record)
+            outputs.append(Output(logits, case.record, model.bundle.settings))
+        return combine(outputs, self.labels, path)
 
     def provenance(self) -> dict[str, Any]:
         """Return models, versions and settings as plain data."""
@@ -190,12 +215,47 @@ class Model:
         parts = (settings.spacing, settings.normalization, settings.use_mask_for_norm, settings.order_data)
         return repr((parts, plan.transpose_forward, plan.intensity, settings.order_z))
 
-    def run(self, volume: Volume, case: Preprocessed, previous: Volume | None = None) -> FloatArray:
-        """Return logits for a prepared case; a cascade takes `previous`, or predicts its first stage."""
+    def window(self, record: Record | None = None) -> Window:
+        """Return how the networks go over a case; without a record every axis of the bundle is flipped."""
+        settings = self.bundle.settings
+        return Window(
+            [self._callable(fold) for fold in self.folds],
+            settings.patch_size,
+            self.bundle.labels.n_outputs,
+            self.mirror_axes if record is None else self.mirrored(record),
+            self.options.step,
+            self.runtime.device,
+            self.threads,
+            self.options.skip_air,
+        )
+
+    def data(self, volume: Volume, case: Preprocessed, previous: Volume | None = None) -> FloatArray:
+        """Return what the networks see; a cascade takes `previous`, or predicts its first stage."""
         if not self.bundle.settings.previous_stage:
-            return self.logits(case.data, self.mirrored(case.record))
+            return case.data
         first = self._first_stage(volume) if previous is None else previous
-        return self.logits(self._cascade_input(volume, case, first), self.mirrored(case.record))
+        return self._cascade_input(volume, case, first)
+
+    def logits(self, data: FloatArray, record: Record | None = None) -> FloatArray:
+        """Return the mean logits of all folds at once: their float16 sum, divided as nnU-Net does.
+
+        Without `record` the bundle's mirror axes are flipped, which suits labels without sides.
+        """
+        window = self.window(record)
+        return in_half_or_single(lambda dtype: window.whole(data, dtype), self.options.compatible)
+
+    def restore(self, data: FloatArray, record: Record, path: Path | None) -> Volume:
+        """Return labels on the source grid; logits stream through and are never held as a whole."""
+        window, labels, settings = self.window(record), self.bundle.labels, self.bundle.settings
+        cut = Way.back(record, settings).streams
+
+        def once(dtype: torch.dtype) -> Volume:
+            blocks = window.blocks(data, dtype, cut)
+            if path is None:
+                return restore_labels(blocks, record, labels, settings)
+            return restore_probabilities(blocks, record, labels, settings, path)
+
+        return in_half_or_single(once, self.options.compatible)
 
     def _cascade_input(self, volume: Volume, case: Preprocessed, first: Volume) -> FloatArray:
         """Return the image's channels and one a label of the first stage, as nnU-Net feeds them.
@@ -233,37 +293,6 @@ class Model:
         left_right = record.left_right_axis - (3 - self.bundle.settings.dimensions)
         return tuple(axis for axis in self.mirror_axes if axis != left_right)
 
-    def logits(self, data: FloatArray, mirror_axes: tuple[int, ...] | None = None) -> FloatArray:
-        """Return the mean logits of all folds: a float16 sum divided by their number, as nnU-Net does.
-
-        Without `mirror_axes` the bundle's are flipped, which suits labels without sides.
-        """
-        axes = self.mirror_axes if mirror_axes is None else mirror_axes
-        total: Tensor | None = None
-        for fold in self.folds:
-            logits = torch.from_numpy(self._fold_logits(fold, data, axes))
-            total = logits if total is None else total.add_(logits)
-        assert total is not None  # a model has at least one fold
-        if len(self.folds) > 1:
-            total.div_(len(self.folds))
-        result: FloatArray = total.numpy()
-        return result
-
-    def _fold_logits(self, fold: str, data: FloatArray, mirror_axes: tuple[int, ...]) -> FloatArray:
-        name = f"Predict fold {fold}" if len(self.folds) > 1 else "Predict tiles"
-        return sliding_window(
-            self._callable(fold),
-            data,
-            self.bundle.settings.patch_size,
-            self.bundle.labels.n_outputs,
-            mirror_axes,
-            self.options.step,
-            self.options.compatible,
-            self.runtime.device,
-            self.threads,
-            name,
-        )
-
     def _callable(self, fold: str) -> Callable[[Tensor], Any]:
         if fold not in self.networks:
             self.networks[fold] = self.bundle.network(fold).to(self.runtime.device)
@@ -286,16 +315,6 @@ class Model:
             "mirror_axes": list(self.mirror_axes),
             "precision": "fp32" if autocast is None else str(autocast).removeprefix("torch."),
         }
-
-
-def _restore(outputs: Sequence[Output], labels: LabelSet, path: Path | None) -> Volume:
-    """Decide labels on the source grid; logits suffice for one model whose probabilities nobody wants."""
-    if len(outputs) > 1:
-        return combine(outputs, labels, path)
-    one = outputs[0]
-    if path is None:
-        return restore_labels(one.logits, one.record, labels, one.configuration)
-    return restore_probabilities(one.logits, one.record, labels, one.configuration, path)
 
 
 def _check(bundles: Sequence[Bundle]) -> None:

@@ -1,22 +1,24 @@
-"""A network over a whole volume: overlapping tiles, weighted by a Gaussian, averaged over flips.
+"""Networks over a whole volume: overlapping tiles, weighted by a Gaussian, averaged over flips.
 
 Source: nnU-Net v2 ``inference/predict_from_raw_data.py``.
 """
 
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from medseg import log
-from medseg.errors import BundleError
-from medseg.geometry.tiles import gaussian_weights, pad_to, tile_slices
+from medseg.errors import BundleError, ResourceError
+from medseg.geometry.tiles import pad_to, tile_slices
 from medseg.infer.runtime import count_threads, in_order, torch_threads
+from medseg.infer.stream import Grid, Index, NotFiniteError, Sums
+from medseg.preprocess import Block
 from medseg.types import FloatArray, Shape
 
 # Voxels of all tiles that go through the network at once; small tiles (slices) are grouped up to this.
@@ -27,10 +29,12 @@ SMALL_VOXELS = 1 << 17
 BYTES_PER_VOXEL = 512
 # Tiles run side by side up to this estimate of their memory.
 TILE_MEMORY_BYTES = 3 << 29
-# Logits larger than this are kept in a file instead of memory.
-MEMORY_BYTES = 2 << 30
+# Logits of constant tiles that are kept for others of the same values.
+REUSE_BYTES = 1 << 28
+# A voxel counts as air up to this part of a channel's range above its minimum: what resampling adds.
+AIR_TOLERANCE = 1e-4
 
-Index = tuple[slice, ...]
+T = TypeVar("T")
 Network = Callable[[Tensor], Any]
 """A module, or any function from a batch to logits."""
 
@@ -47,7 +51,7 @@ def sliding_window(
     threads: int | None = None,
     label: str = "Predict tiles",
 ) -> FloatArray:
-    """Return the logits of a whole preprocessed volume.
+    """Return the logits of a whole preprocessed volume; :class:`Window` streams them instead.
 
     Parameters
     ----------
@@ -69,165 +73,331 @@ def sliding_window(
     ------
     BundleError
         The network returns numbers that are not finite.
+    ResourceError
+        Not even one tile fits into memory.
     """
-    plan = _Pass(
-        network,
+    window = Window(
+        (network,),
         tuple(patch_size),
         n_outputs,
         tuple(mirror_axes),
         step,
         torch.device(device),
         count_threads(threads),
-        label,
+        label=label,
     )
-    logits = plan.run(data, torch.float16 if compatible else torch.float32)
-    if logits is None and compatible:
-        log.logger.warning(
-            "The network's outputs are too large for 16-bit numbers: predicting again with 32 bits."
-        )
-        logits = plan.run(data, torch.float32)
-    if logits is None:
+    return in_half_or_single(lambda dtype: window.whole(data, dtype), compatible)
+
+
+def in_half_or_single(run: Callable[[torch.dtype], T], compatible: bool) -> T:
+    """Return ``run(float16)``, or where its sums overflow or `compatible` is False, ``run(float32)``.
+
+    Raises
+    ------
+    BundleError
+        The network returns numbers that are not finite.
+    """
+    if compatible:
+        try:
+            return run(torch.float16)
+        except NotFiniteError:
+            log.logger.warning(
+                "The network's outputs are too large for 16-bit numbers: predicting again with 32 bits."
+            )
+    try:
+        return run(torch.float32)
+    except NotFiniteError as error:
         raise BundleError(
             "the network returned numbers that are not finite. Predict with precision fp32; "
             "if that fails too, the weights are damaged."
-        )
-    return logits
+        ) from error
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """One way over a volume."""
+class Window:
+    """How networks go over a volume.
 
-    network: Network
+    Attributes
+    ----------
+    networks : one a fold; each sees every tile, and the mean of their means is what comes out
+    patch_size, n_outputs, mirror_axes, step, device, label : as for :func:`sliding_window`
+    threads : CPU threads
+    skip_air : leave out tiles that hold only a channel's minimum or padding; see `medseg.infer.Options`
+    """
+
+    networks: Sequence[Network]
     patch_size: Shape
     n_outputs: int
     mirror_axes: tuple[int, ...]
     step: float
     device: torch.device
     threads: int
-    label: str
+    skip_air: bool = False
+    label: str = "Predict tiles"
 
-    def run(self, data: FloatArray, dtype: torch.dtype) -> FloatArray | None:
-        """Return the mean logits, or None where they are not finite."""
+    def whole(self, data: FloatArray, dtype: torch.dtype) -> FloatArray:
+        """Return the logits of a volume (c, a0, a1, a2) as one array; memory-mapped where very large.
+
+        Raises
+        ------
+        NotFiniteError
+            They are not finite.
+        """
+        (block,) = self.blocks(data, dtype, cut=False)
+        result: FloatArray = block.values.numpy()
+        return result
+
+    def blocks(self, data: FloatArray, dtype: torch.dtype, cut: bool = True) -> Iterator[Block]:
+        """Yield the logits of a volume (c, a0, a1, a2) in blocks, each as soon as it is final.
+
+        Raises
+        ------
+        NotFiniteError
+            They are not finite.
+        """
         padded, inner = pad_to(data, (1, *self.patch_size) if self.flat else self.patch_size)
-        source, shape = torch.from_numpy(padded), padded.shape[1:]
-        groups = self.groups(tile_slices(shape, self.patch_size, self.step))
-        flips = _flips(self.mirror_axes)
-        units = [_Unit(source, group, flip) for group in groups for flip in flips]
-        workers, inside = self.share_threads(len(units))
-        with torch.inference_mode(), log.task(self.label, len(units)) as task, torch_threads(inside):
-            sums = _Sums(self.n_outputs, shape, self.patch_size, dtype, self.device)
-            outputs = in_order(self.forward, units, workers)
-            for group in groups:
-                total = next(outputs)
-                task.advance()
-                for _ in flips[1:]:
-                    total += next(outputs)
-                    task.advance()
-                total /= len(flips)
-                for tile, logits in zip(group, total.unsqueeze(2) if self.flat else total, strict=True):
-                    sums.add(tile, logits)
-            mean = sums.mean()
-        return None if mean is None else mean[(slice(None), *inner[1:])]
+        tiles = tile_slices(padded.shape[1:], self.patch_size, self.step)
+        maps = self.n_outputs * len(self.networks) if cut else 0
+        grid = Grid.plan(tiles, padded.shape[1:], inner[1:], maps)
+        return _Pass(self, torch.from_numpy(padded), grid, dtype).blocks()
 
     @property
     def flat(self) -> bool:
-        """Whether the network sees slices."""
+        """Whether the networks see slices."""
         return len(self.patch_size) == 2
+
+    @property
+    def flips(self) -> list[tuple[int, ...]]:
+        """All combinations of tensor axes, in nnU-Net's order; the first is no flip at all."""
+        axes = [axis + 2 for axis in self.mirror_axes]
+        return [flip for n in range(len(axes) + 1) for flip in combinations(axes, n)]
 
     @property
     def voxels(self) -> int:
         """Of one tile."""
         return int(np.prod(self.patch_size))
 
-    def groups(self, tiles: list[Index]) -> list[list[Index]]:
-        """Cut the list of tiles into batches."""
-        size = max(1, BATCH_VOXELS.get(self.device.type, 1) // self.voxels)
-        return [tiles[start : start + size] for start in range(0, len(tiles), size)]
-
     def share_threads(self, units: int) -> tuple[int, int]:
         """Return how many units run at once, and on how many threads each."""
         if self.device.type != "cpu":
             return 1, 1
-        room = max(1, TILE_MEMORY_BYTES // (self.voxels * BYTES_PER_VOXEL))
+        room = max(1, TILE_MEMORY_BYTES // (self.voxels * (BYTES_PER_VOXEL + 4 * self.n_outputs)))
         workers = min(self.threads, units, room)
         if workers == 1 and self.voxels < SMALL_VOXELS:
             return 1, 1
         return workers, self.threads if workers == 1 else 1
 
-    def forward(self, unit: "_Unit") -> Tensor:
-        """Return float32 logits (n, n_outputs, *patch) of one batch, flipped there and back."""
-        with torch.inference_mode():
-            batch = torch.stack([unit.source[(slice(None), *tile)] for tile in unit.tiles])
-            batch = (batch.squeeze(2) if self.flat else batch).to(self.device)
-            outputs = self.network(batch.flip(unit.flip) if unit.flip else batch)
-            logits: Tensor = outputs[0] if isinstance(outputs, list | tuple) else outputs
-            return (logits.flip(unit.flip) if unit.flip else logits).float()
+
+@dataclass(frozen=True)
+class _Group:
+    """Some tiles that go through the networks as one batch.
+
+    Attributes
+    ----------
+    tiles : their index in the padded volume
+    first : the number of the first of them
+    values : one a channel where the tiles hold nothing else, else None
+    air : nothing but the minimum or padding, and not to be run
+    """
+
+    tiles: list[Index]
+    first: int
+    values: tuple[float, ...] | None
+    air: bool
+
+    @property
+    def key(self) -> tuple[int, tuple[float, ...]] | None:
+        """Equal for groups that give equal logits."""
+        return None if self.values is None or self.air else (len(self.tiles), self.values)
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """One call of the network: some tiles of the image, seen in one mirror."""
+    """One call of a network: some tiles of the image, seen in one mirror."""
 
-    source: Tensor
+    network: Network
     tiles: list[Index]
     flip: tuple[int, ...]
 
 
-def _flips(axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return all combinations of tensor axes, in nnU-Net's order; the first is no flip at all."""
-    tensor_axes = [axis + 2 for axis in axes]
-    return [flip for n in range(len(axes) + 1) for flip in combinations(tensor_axes, n)]
+class _Pass:
+    """One way over a volume."""
 
+    def __init__(self, window: Window, source: Tensor, grid: Grid, dtype: torch.dtype) -> None:
+        self.window, self.source, self.grid = window, source, grid
+        folds = len(window.networks)
+        self.sums = Sums(grid, window.n_outputs, folds, dtype, torch.device("cpu"))
+        if self._fits():
+            self.sums.to(window.device)
+        self.groups = self._group()
+        self.repeated = self._repeated()
+        self.kept: dict[Any, list[Tensor]] = {}
+        self.batch = len(self.groups[0].tiles)
 
-class _Sums:
-    """Weighted logits and the weights, of all tiles so far."""
+    def blocks(self) -> Iterator[Block]:
+        """Yield the final blocks."""
+        units = self._units()
+        workers, inside = self.window.share_threads(len(units))
+        outputs = in_order(self._forward, units, workers)
+        final = self.grid.final_places()
+        with log.task(self.window.label, len(units)) as task:
+            for group in self.groups:
+                log.check_cancelled()
+                with torch.inference_mode(), torch_threads(inside):
+                    if not group.air:
+                        self._add(group, self._means(group, outputs, task))
+                for number in range(group.first, group.first + len(group.tiles)):
+                    for place in final.get(number, ()):
+                        with torch.inference_mode():
+                            block = self.sums.finish(place)
+                        yield block
 
-    def __init__(
-        self, n_outputs: int, shape: Shape, patch_size: Shape, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        size = (n_outputs + 1) * int(np.prod(shape)) * dtype.itemsize
-        self.device = device if _fits(size, device) else torch.device("cpu")
-        self.logits = _zeros((n_outputs, *shape), dtype, self.device)
-        self.weights = torch.zeros(shape, dtype=dtype, device=self.device)
-        gaussian = np.array(gaussian_weights(patch_size))
-        self.gaussian = torch.from_numpy(gaussian).to(self.device)
-        if len(patch_size) == 2:
-            self.gaussian = self.gaussian.unsqueeze(0)
+    def _units(self) -> list[_Unit]:
+        """Return every call of a network, in order; what gives the logits of an earlier one is left out."""
+        seen = set()
+        units = []
+        for group in self.groups:
+            if group.air or group.key in seen:
+                continue
+            if group.key in self.repeated:
+                seen.add(group.key)
+            networks, flips = self.window.networks, self.window.flips
+            units += [_Unit(network, group.tiles, flip) for network in networks for flip in flips]
+        return units
 
-    def add(self, tile: Index, logits: Tensor) -> None:
-        """Add the logits of one tile; they are used up.
+    def _means(self, group: _Group, outputs: Iterator[Tensor], task: log.Task) -> list[Tensor]:
+        """Return the logits (n, n_outputs, *patch) of each network for a group, mean over its flips."""
+        if group.key in self.kept:
+            return self.kept[group.key]
+        means = []
+        for _ in self.window.networks:
+            total = next(outputs)
+            task.advance()
+            for _ in self.window.flips[1:]:
+                total += next(outputs)
+                task.advance()
+            if len(self.window.flips) > 1:
+                total /= len(self.window.flips)
+            means.append(total)
+        if group.key in self.repeated:
+            self.kept[group.key] = means
+        return means
 
-        Mixed types in one operation take torch three times as long as a conversion before and after.
+    def _add(self, group: _Group, means: list[Tensor]) -> None:
+        for number, tile in enumerate(group.tiles):
+            self.sums.add_weights(tile)
+            for fold, logits in enumerate(means):
+                one = logits[number]
+                self.sums.add(fold, tile, one.unsqueeze(1) if self.window.flat else one)
+
+    def _forward(self, unit: _Unit) -> Tensor:
+        """Return float32 logits (n, n_outputs, *patch) of one batch, flipped there and back."""
+        parts = [
+            self._run(replace(unit, tiles=unit.tiles[start : start + self.batch]))
+            for start in range(0, len(unit.tiles), self.batch)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run(self, unit: _Unit) -> Tensor:
+        """Call the network; where memory runs out, in smaller batches, then with the sums off its device."""
+        try:
+            return self._call(unit)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the except block, whose traceback would keep the tensors of the failed call alive.
+        self._make_room(len(unit.tiles))
+        return self._forward(unit)
+
+    def _call(self, unit: _Unit) -> Tensor:
+        with torch.inference_mode():
+            batch = torch.stack([self.source[(slice(None), *tile)] for tile in unit.tiles])
+            batch = (batch.squeeze(2) if self.window.flat else batch).to(self.window.device)
+            outputs = unit.network(batch.flip(unit.flip) if unit.flip else batch)
+            logits: Tensor = outputs[0] if isinstance(outputs, list | tuple) else outputs
+            return (logits.flip(unit.flip) if unit.flip else logits).float()
+
+    def _make_room(self, tiles: int) -> None:
+        """Take the next step against lack of memory, and say so.
+
+        Raises
+        ------
+        ResourceError
+            There is none left.
         """
-        weighted = logits.to(self.device).mul_(self.gaussian.float())
-        for values, channel in zip(weighted, self.logits, strict=True):
-            target = channel[tile]
-            target.copy_(values.add_(target.float()))
-        self.weights[tile] += self.gaussian
+        if self.window.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if tiles > 1:
+            self.batch = max(1, tiles // 2)
+            log.logger.warning("Memory ran out: going on with %d tiles at a time.", self.batch)
+        elif self.sums.device.type != "cpu":
+            log.logger.warning("Memory of %s ran out: going on with sums on the CPU.", self.sums.device)
+            self.sums.to(torch.device("cpu"))
+        else:
+            patch = " x ".join(map(str, self.window.patch_size))
+            raise ResourceError(
+                f"memory of {self.window.device} ran out for one tile of {patch} voxels. Close other "
+                "programs, predict on another device (--device cpu), or use a model with a smaller patch."
+            )
 
-    def mean(self) -> FloatArray | None:
-        """Return the weighted mean, or None where it is not finite; the sums are used up."""
-        for channel in self.logits:  # one at a time: a mapped file is never in memory as a whole
-            channel.div_(self.weights)
-            if not bool(torch.isfinite(channel).all()):
-                return None
-        result: FloatArray = self.logits.cpu().numpy()
-        return result
+    def _group(self) -> list[_Group]:
+        """Cut the list of tiles into batches, and see which hold nothing."""
+        tiles = self.grid.tiles
+        size = max(1, BATCH_VOXELS.get(self.window.device.type, 1) // self.window.voxels)
+        limits = self._air_limits() if self.window.skip_air else None
+        groups = []
+        for start in range(0, len(tiles), size):
+            some = list(tiles[start : start + size])
+            values = self._values(some[0])
+            if any(self._values(tile) != values for tile in some[1:] if values is not None):
+                values = None
+            air = limits is not None and all(self._is_air(tile, limits) for tile in some)
+            groups.append(_Group(some, start, values, air))
+        return groups
+
+    def _values(self, tile: Index) -> tuple[float, ...] | None:
+        """Return the value of every channel where a tile is constant in each, else None."""
+        part = self.source[(slice(None), *tile)]
+        first = part[:, :1, :1, :1]
+        middle = part[:, part.shape[1] // 2, part.shape[2] // 2]
+        if bool((middle != first[:, 0, 0]).any()) or bool((part != first).any()):
+            return None
+        return tuple(first.flatten().tolist())
+
+    def _repeated(self) -> set[Any]:
+        """Return the keys of constant groups that come more than once, as many as may be kept."""
+        counts = Counter(group.key for group in self.groups if group.key is not None)
+        common = [(key, key[0]) for key, count in counts.most_common() if count > 1]
+        chosen, room = set(), REUSE_BYTES
+        for key, tiles in common:
+            size = 4 * tiles * self.window.voxels * self.window.n_outputs * len(self.window.networks)
+            if size <= room:
+                chosen.add(key)
+                room -= size
+        return chosen
+
+    def _air_limits(self) -> Tensor:
+        """Return the value of each channel up to which a voxel is air, (c, 1, 1, 1)."""
+        inside = self.source[(slice(None), *self.grid.inner)].flatten(1)
+        low, high = inside.amin(1), inside.amax(1)
+        return (low + AIR_TOLERANCE * (high - low)).reshape(-1, 1, 1, 1)
+
+    def _is_air(self, tile: Index, limits: Tensor) -> bool:
+        inner = [
+            slice(max(part.start, whole.start), min(part.stop, whole.stop))
+            for part, whole in zip(tile, self.grid.inner, strict=True)
+        ]
+        return bool((self.source[(slice(None), *inner)] <= limits).all())
+
+    def _fits(self) -> bool:
+        """Return whether the sums fit onto the network's device, beside its features."""
+        device = self.window.device
+        if device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(device)
+        return self.sums.bytes < 0.5 * free
 
 
-def _fits(size: int, device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    free, _ = torch.cuda.mem_get_info(device)
-    return size < 0.5 * free
-
-
-def _zeros(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros, in a temporary file if they are many (it disappears with the tensor)."""
-    if device.type != "cpu" or int(np.prod(shape)) * dtype.itemsize <= MEMORY_BYTES:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    kind = np.float16 if dtype == torch.float16 else np.float32
-    with tempfile.TemporaryFile(prefix="medseg-logits-") as file:
-        file.truncate(int(np.prod(shape)) * dtype.itemsize)
-        return torch.from_numpy(np.memmap(file, dtype=kind, mode="r+", shape=shape))
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

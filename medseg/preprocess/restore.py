@@ -1,16 +1,18 @@
-"""From the network's output back to the source grid, slab by slab.
+"""From the network's output back to the source grid, part by part.
 
 Source: nnU-Net v2 ``inference/export_prediction.py``. Its rules are kept (logits are resampled, rounded to
-float16, then decided), its memory is not: one slab of one class at a time is held, never classes x volume.
+float16, then decided), its memory is not: a part of one class at a time is held, never classes x volume, and
+the logits themselves may come in blocks that are gone once they are used.
 """
 
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from medseg.errors import LabelError
 from medseg.files import atomic_path
@@ -18,76 +20,28 @@ from medseg.geometry.resample import resample_rows, separate_axis
 from medseg.labels import LabelSet
 from medseg.log import check_cancelled
 from medseg.plan.schema import Configuration
+from medseg.preprocess.bricks import Block, Brick, Region, Way, slab_rows
 from medseg.preprocess.record import Record
-from medseg.types import Array, BoolArray, FloatArray, IntArray, PathLike, Shape, Spacing
+from medseg.types import Array, FloatArray, IntArray, PathLike, Shape
 from medseg.volume import Volume
 
-# Memory of one slab with its temporaries: little enough to stay near the cache.
-SLAB_BYTES = 16 << 20
-# float32 arrays of the slab's size that live at once while labels are decided.
-SLAB_COPIES = 6
 # The smallest logit whose float32 sigmoid exceeds one half.
 SIGMOID_HALF = 1.2e-7
+# Relative distance from which two float32 logits differ after interpolation and rounding to float16 (2^-11).
+CLEAR = 2.0**-9
+
+Logits = Array | Iterable[Block]
+"""Of a whole volume, (n_outputs, a0, a1, a2) float16 or float32, may be mapped; or its blocks in order."""
+Part = tuple[Region, FloatArray]
+"""A place in the cropped source grid, and (n_outputs, ...) probabilities there."""
 
 
-@dataclass(frozen=True)
-class _Way:
-    """How logits are brought to `shape`: nnU-Net's resampling_fn_probabilities."""
-
-    shape: Shape
-    order: int
-    separate: int | None
-    order_z: int
-
-    @classmethod
-    def plan(
-        cls, shape: Shape, configuration: Configuration, spacing: Spacing, new_spacing: Spacing
-    ) -> "_Way":
-        separate = separate_axis(spacing, new_spacing)
-        return cls(tuple(shape), configuration.order_probabilities, separate, configuration.order_z)
-
-    @classmethod
-    def back(cls, record: Record, configuration: Configuration) -> "_Way":
-        return cls.plan(record.cropped_shape, configuration, record.new_spacing, record.spacing)
-
-    def rows(self, channel: Array, rows: slice) -> FloatArray:
-        """Return rows of one class as float32 that has been rounded to float16."""
-        values = resample_rows(channel, self.shape, rows, self.order, self.separate, self.order_z)
-        if values.dtype != np.float32 or not values.flags.writeable or np.shares_memory(values, channel):
-            values = values.astype(np.float32)
-        return round_to_half(values)
-
-    def slabs(self, copies: int) -> Iterator[slice]:
-        """Cut the first axis so that `copies` float32 arrays of a slab fit into SLAB_BYTES."""
-        row_bytes = 4 * copies * self.shape[1] * self.shape[2]
-        step = max(1, SLAB_BYTES // row_bytes)
-        for start in range(0, self.shape[0], step):
-            check_cancelled()
-            yield slice(start, min(start + step, self.shape[0]))
-
-
-def round_to_half(values: FloatArray) -> FloatArray:
-    """Round a contiguous float32 array to the 11 significant bits of float16, halves to even, in place.
-
-    Equal to a cast to float16 and back, and four times as fast, for magnitudes from 6.2e-5 to 65504; smaller
-    ones keep more digits than float16 would, larger ones stay finite.
-    """
-    bits = values.view(np.uint32)
-    half = bits >> 13
-    half &= 1
-    half += 0x0FFF
-    bits += half
-    bits &= np.uint32(0xFFFFE000)
-    return values
-
-
-def restore_labels(logits: Array, record: Record, labels: LabelSet, configuration: Configuration) -> Volume:
+def restore_labels(logits: Logits, record: Record, labels: LabelSet, configuration: Configuration) -> Volume:
     """Decide the label of every voxel of the source grid.
 
     Parameters
     ----------
-    logits : (n_outputs, a0, a1, a2)
-        float16 or float32, may be memory-mapped, of the record's `shape` (padding removed).
+    logits : of the record's `shape` (padding removed), at once or in blocks
     record : how the case was preprocessed
     labels : classes (largest logit wins, the lowest label among equals) or regions (sigmoid > 0.5, painted
         in ``regions_class_order``)
@@ -103,11 +57,9 @@ def restore_labels(logits: Array, record: Record, labels: LabelSet, configuratio
     LabelError
         The number of logits or their shape does not fit.
     """
-    _check(logits, record.shape, labels)
-    result = _empty_source(record, labels)
-    inner = record.to_network(result)[record.inner][0]
-    for rows, decided in _decide(logits, _Way.back(record, configuration), labels):
-        inner[rows] = decided
+    way = Way.back(record, configuration)
+    result, inner = _empty_source(record, labels)
+    _decide(_blocks(logits, way, labels), way, labels, inner)
     return Volume(result, record.geometry)
 
 
@@ -128,11 +80,10 @@ def labels_at_shape(
     -------
     (1, m0, m1, m2) of ``labels.dtype``
     """
-    _check(logits, logits.shape[1:], labels)
     spacing = (*(slice_spacing,) * (3 - len(configuration.spacing)), *configuration.spacing)
+    way = Way.plan(logits.shape[1:], shape, configuration, spacing, spacing)
     result = np.zeros((1, *shape), dtype=labels.dtype)
-    for rows, decided in _decide(logits, _Way.plan(shape, configuration, spacing, spacing), labels):
-        result[0, rows] = decided
+    _decide(_blocks(logits, way, labels), way, labels, result[0])
     return result
 
 
@@ -154,37 +105,43 @@ def restore_array(
     result = np.full((array.shape[0], *record.geometry.shape), outside, dtype=array.dtype, order="F")
     inner = record.to_network(result)[record.inner]
     separate = separate_axis(record.new_spacing, record.spacing)
-    way = _Way(record.cropped_shape, order, separate, order_z)
-    for rows in way.slabs(SLAB_COPIES):
+    shape = record.cropped_shape
+    for start in range(0, shape[0], slab_rows(shape)):
+        check_cancelled()
+        rows = slice(start, min(start + slab_rows(shape), shape[0]))
         for number, channel in enumerate(array):
-            inner[number, rows] = resample_rows(channel, way.shape, rows, order, separate, order_z)
+            inner[number, rows] = resample_rows(channel, shape, rows, order, separate, order_z)
     return result
 
 
-def probability_slabs(
-    logits: Array, record: Record, labels: LabelSet, configuration: Configuration
-) -> Iterator[tuple[slice, FloatArray]]:
-    """Yield probabilities on the cropped source grid, a few rows of the first network axis at a time.
+def probability_parts(
+    logits: Logits, record: Record, labels: LabelSet, configuration: Configuration
+) -> Iterator[Part]:
+    """Yield probabilities on the cropped source grid, a brick at a time.
+
+    Logits at once are cut into bricks by the source grid and the number of maps alone, so those of several
+    models for one image come in step.
 
     Yields
     ------
-    rows : slice of the first axis of ``record.cropped_shape``
-    probabilities : (n_outputs, rows, m1, m2) float32, softmax over classes or sigmoid of regions
+    region : (slice, slice, slice) of ``record.cropped_shape``
+    probabilities : (n_outputs, *region) float32, softmax over classes or sigmoid of regions
     """
-    _check(logits, record.shape, labels)
-    way = _Way.back(record, configuration)
-    for rows in way.slabs(3 * len(logits)):
-        values = np.stack([way.rows(channel, rows) for channel in logits])
-        yield rows, _sigmoid(values) if labels.has_regions else _softmax(values)
+    way = Way.back(record, configuration)
+    for block in _blocks(logits, way, labels):
+        maps = range(len(block.values))
+        for brick in way.bricks(block, maps=len(maps)):
+            values = np.stack([brick.sample(number).numpy() for number in maps])
+            yield brick.region, _sigmoid(values) if labels.has_regions else _softmax(values)
 
 
 def restore_probabilities(
-    logits: Array, record: Record, labels: LabelSet, configuration: Configuration, path: PathLike
+    logits: Logits, record: Record, labels: LabelSet, configuration: Configuration, path: PathLike
 ) -> Volume:
     """Write probabilities on the source grid and return the labels that follow from them.
 
     The file is nnU-Net's: ``probabilities`` (n_outputs, k, j, i) float32 in a compressed ``.npz``,
-    background 1 outside the crop. It is filled through a temporary file, so memory holds one slab.
+    background 1 outside the crop. It is filled through a temporary file, so memory holds one brick.
 
     Parameters
     ----------
@@ -196,99 +153,132 @@ def restore_probabilities(
     Volume
         As :func:`restore_labels`, but decided on the float32 probabilities, as nnU-Net does then.
     """
-    slabs = probability_slabs(logits, record, labels, configuration)
-    return decide_probabilities(slabs, len(logits), record, labels, path)
+    return decide_probabilities(
+        probability_parts(logits, record, labels, configuration), record, labels, path
+    )
 
 
 def decide_probabilities(
-    slabs: Iterator[tuple[slice, FloatArray]],
-    n_outputs: int,
-    record: Record,
-    labels: LabelSet,
-    path: PathLike | None = None,
+    parts: Iterable[Part], record: Record, labels: LabelSet, path: PathLike | None = None
 ) -> Volume:
-    """Decide labels on probabilities that come slab by slab; write these to `path` as well if given.
+    """Decide labels on probabilities that come part by part; write these to `path` as well if given.
 
     Parameters
     ----------
-    slabs : as from :func:`probability_slabs`, for instance the mean of several models
-    n_outputs : maps in each slab
+    parts : as from :func:`probability_parts`, for instance the mean of several models
     record, labels, path : as for :func:`restore_probabilities`
     """
-    result = _empty_source(record, labels)
-    inner = record.to_network(result)[record.inner][0]
+    result, inner = _empty_source(record, labels)
     if path is None:
-        for rows, values in slabs:
-            inner[rows] = _decide_slab(values, labels)
+        for region, values in parts:
+            inner[region] = _decide_values(values, labels)
         return Volume(result, record.geometry)
     path = Path(path)
-    shape = (n_outputs, *record.geometry.shape[::-1])
+    shape = (labels.n_outputs, *record.geometry.shape[::-1])
     with atomic_path(path) as archive, TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         raw = Path(folder) / "probabilities.npy"
         file = np.lib.format.open_memmap(raw, mode="w+", dtype=np.float32, shape=shape)
         if not labels.has_regions:
             file[0] = 1.0
         target = record.to_network(file.transpose(0, 3, 2, 1))[record.inner]
-        for rows, values in slabs:
-            target[:, rows] = values
-            inner[rows] = _decide_slab(values, labels)
+        for region, values in parts:
+            target[(slice(None), *region)] = values
+            inner[region] = _decide_values(values, labels)
         file.flush()
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
             packed.write(raw, raw.name)
     return Volume(result, record.geometry)
 
 
-def _decide_slab(values: FloatArray, labels: LabelSet) -> IntArray:
-    winner: IntArray = _paint(values > 0.5, labels) if labels.has_regions else values.argmax(axis=0)
-    return winner
-
-
-def _check(logits: Array, shape: Shape, labels: LabelSet) -> None:
-    if logits.shape != (labels.n_outputs, *shape):
+def _blocks(logits: Logits, way: Way, labels: LabelSet) -> Iterable[Block]:
+    if not isinstance(logits, np.ndarray):
+        return logits
+    if logits.shape != (labels.n_outputs, *way.shape):
         raise LabelError(
-            f"logits {logits.shape}: expected {(labels.n_outputs, *shape)}, one map for each output of the "
-            "label set on the grid of the preprocessed case. Check that model and case use the same plan."
+            f"logits {logits.shape}: expected {(labels.n_outputs, *way.shape)}, one map for each output of "
+            "the label set on the grid of the preprocessed case. Check that model and case use the same plan."
         )
+    kept = logits.dtype in (np.float16, np.float32) and logits.flags.writeable
+    return [Block.whole(torch.from_numpy(logits if kept else logits.astype(np.float32)))]
 
 
-def _empty_source(record: Record, labels: LabelSet) -> IntArray:
+def _empty_source(record: Record, labels: LabelSet) -> tuple[IntArray, IntArray]:
+    """Return zeros on the source grid, and their cropped part in network order."""
     # Fortran order: i runs fastest, as in a NIfTI file and in the network's own order.
-    return np.zeros((1, *record.geometry.shape), dtype=labels.dtype, order="F")
+    result: IntArray = np.zeros((1, *record.geometry.shape), dtype=labels.dtype, order="F")
+    return result, record.to_network(result)[record.inner][0]
 
 
-def _decide(logits: Array, way: _Way, labels: LabelSet) -> Iterator[tuple[slice, IntArray]]:
-    for rows in way.slabs(SLAB_COPIES):
-        if labels.has_regions:
-            regions = (way.rows(channel, rows) > SIGMOID_HALF for channel in logits)
-            yield rows, _paint(regions, labels)
-        else:
-            yield rows, _argmax(logits, way, rows, labels)
+def _decide(blocks: Iterable[Block], way: Way, labels: LabelSet, target: IntArray) -> None:
+    """Write the labels of all bricks into `target`."""
+    for block in blocks:
+        margin = 0.0 if block.values.dtype == torch.float16 else CLEAR
+        for brick in way.bricks(block):
+            decided = _paint(brick, labels) if labels.has_regions else _elect(brick, margin)
+            target[brick.region] = decided
 
 
-def _argmax(logits: Array, way: _Way, rows: slice, labels: LabelSet) -> IntArray:
-    best = way.rows(logits[0], rows)
-    winner = np.zeros(best.shape, dtype=labels.dtype)
-    for number, channel in enumerate(logits[1:], 1):
-        score = way.rows(channel, rows)
-        winner[score > best] = number
-        np.maximum(best, score, out=best)
-    return winner
+def _elect(brick: Brick, margin: float) -> Array | int:
+    """Return the label of the largest logit, the lowest among equals.
+
+    Weights are positive and roundings monotone, so where the largest logit of a class is below the smallest
+    of another in all that a brick reads, it is below it in the whole brick and need not be resampled.
+    float16 logits that differ still do so after interpolation and rounding; for float32 the margin does it.
+    """
+    bar = float(brick.low.max())
+    able = np.flatnonzero(brick.high >= bar - margin * np.maximum(np.abs(brick.high), abs(bar)))
+    if len(able) == 1:
+        return int(able[0])
+    best = brick.sample(int(able[0]))
+    winner = torch.full_like(best, int(able[0]), dtype=_kind(int(able[-1])))
+    for number in able[1:]:
+        score = brick.sample(int(number))
+        # Numbers ascend: where this one is better, it is also larger than the winner so far.
+        torch.maximum(winner, torch.gt(score, best).to(winner.dtype).mul_(int(number)), out=winner)
+        torch.maximum(best, score, out=best)
+    array: Array = winner.numpy()
+    return array
 
 
-def _paint(regions: "Iterator[BoolArray] | BoolArray", labels: LabelSet) -> IntArray:
-    painted: IntArray | None = None
-    for region, value in zip(regions, labels.regions_class_order or (), strict=True):
-        if painted is None:
-            painted = np.zeros(region.shape, dtype=labels.dtype)
+def _paint(brick: Brick, labels: LabelSet) -> Array | int:
+    """Return the label of the last region whose sigmoid is above one half; sure regions are not resampled."""
+    order = labels.regions_class_order or ()
+    painted: Tensor | int = 0
+    for number, value in enumerate(order):
+        if brick.high[number] <= 0.0:
+            continue
+        if brick.low[number] > 8 * SIGMOID_HALF:
+            painted = value
+            continue
+        inside = brick.sample(number) > SIGMOID_HALF
+        if isinstance(painted, int):
+            painted = torch.full_like(inside, painted, dtype=_kind(max(order)))
+        part = inside.to(painted.dtype)
+        painted = painted.mul_(1 - part).add_(part.mul_(value))
+    return painted if isinstance(painted, int) else painted.numpy()
+
+
+def _kind(largest: int) -> torch.dtype:
+    return torch.uint8 if largest < 256 else torch.int32
+
+
+def _decide_values(values: FloatArray, labels: LabelSet) -> IntArray:
+    if not labels.has_regions:
+        winner: IntArray = values.argmax(axis=0)
+        return winner
+    painted = np.zeros(values.shape[1:], dtype=labels.dtype)
+    for region, value in zip(values > 0.5, labels.regions_class_order or (), strict=True):
         painted[region] = value
-    assert painted is not None  # a label set with regions has at least one
     return painted
 
 
 def _softmax(values: FloatArray) -> FloatArray:
     values = values - values.max(axis=0)
     np.exp(values, out=values)
-    values /= values.sum(axis=0)
+    total = values[0].copy()
+    for each in values[1:]:  # sum() would add in another order where a brick is one voxel
+        total += each
+    values /= total
     return values
 
 

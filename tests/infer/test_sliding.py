@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg.errors import BundleError, Cancelled, ConfigError
-from medseg.infer import sliding, sliding_window
+from medseg.infer import sliding, sliding_window, stream
 from medseg.infer.runtime import choose_runtime, count_threads, in_order
 from medseg.log import Listener, listening
 
@@ -98,7 +98,7 @@ def test_the_callers_number_of_torch_threads_is_left_as_it_was():
 def test_logits_too_many_for_memory_are_kept_in_a_file(monkeypatch):
     data = noise((1, 9, 9, 9))
     in_memory = sliding_window(same, data, (4, 4, 4), 1, threads=1)
-    monkeypatch.setattr(sliding, "MEMORY_BYTES", 100)
+    monkeypatch.setattr(stream, "MEMORY_BYTES", 100)
     on_disk = sliding_window(same, data, (4, 4, 4), 1, threads=1)
     assert (in_memory == on_disk).all()
 

@@ -16,13 +16,13 @@ from medseg.preprocess import (
     labels_at_shape,
     preprocess,
     preprocess_labels,
-    probability_slabs,
+    probability_parts,
     restore_array,
     restore_labels,
     restore_probabilities,
 )
-from medseg.preprocess import restore as restore_module
-from medseg.preprocess.restore import round_to_half
+from medseg.preprocess import bricks
+from medseg.preprocess.bricks import round_to_half
 from medseg.volume import Volume
 from tests.preprocess.cases import CLASSES, TRANSPOSES, make_case, make_plan
 
@@ -102,11 +102,12 @@ def reference_labels(logits: np.ndarray, record: Record, labels: LabelSet) -> np
 
 
 @pytest.mark.parametrize("labels", [CLASSES, REGIONS], ids=["classes", "regions"])
-@pytest.mark.parametrize("slab_bytes", [1, 48 << 20], ids=["row by row", "at once"])
-def test_slabs_decide_as_the_whole_volume_would(
-    labels: LabelSet, slab_bytes: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("voxels", [7, 300, 48 << 20], ids=["crumbs", "bricks", "at once"])
+def test_bricks_decide_as_the_whole_volume_would(
+    labels: LabelSet, voxels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restore_module, "SLAB_BYTES", slab_bytes)
+    monkeypatch.setattr(bricks, "BRICK_VOXELS", voxels)
+    monkeypatch.setattr(bricks, "BRICK_SIDES", (max(1, voxels // 50), max(1, voxels // 20)))
     image, _ = make_case(2, (30, 24, 20), (1.0, 1.0, 1.0))
     plan = make_plan((1.7, 1.3, 1.4), labels=labels)
     ready = preprocess(image, plan, "test")
@@ -114,10 +115,10 @@ def test_slabs_decide_as_the_whole_volume_would(
     back = restore_labels(logits, ready.record, labels, plan.configuration("test"))
     inner = ready.record.to_network(back.array)[ready.record.inner][0]
     assert np.mean(inner != reference_labels(logits, ready.record, labels)) < 1e-3
-    rows = list(probability_slabs(logits, ready.record, labels, plan.configuration("test")))
-    assert sum(values.shape[1] for _, values in rows) == ready.record.cropped_shape[0]
+    parts = list(probability_parts(logits, ready.record, labels, plan.configuration("test")))
+    assert sum(values[0].size for _, values in parts) == np.prod(ready.record.cropped_shape)
     if not labels.has_regions:
-        assert_allclose(rows[0][1].sum(axis=0), 1.0, atol=1e-5)
+        assert_allclose(parts[0][1].sum(axis=0), 1.0, atol=1e-5)
 
 
 def test_many_classes_that_rarely_win_change_nothing() -> None:

@@ -1,0 +1,317 @@
+"""The weighted mean of overlapping tiles, handed on as soon as no later tile touches it.
+
+Tiles come with the first axis outermost, then the second. What lies before the start of the next row of tiles
+is final once the present row is through; within a row of tiles the same holds for lines. So the sums of
+logits are kept in chunks between the starts of tiles, and a chunk goes as soon as its last tile has come:
+memory holds about one patch of rows, whatever the length of the volume.
+"""
+
+import tempfile
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medseg.geometry.tiles import gaussian_weights
+from medseg.preprocess import Block
+from medseg.types import Shape
+
+# Values of a chunk, at least: smaller ones are not worth the calls.
+CHUNK_VALUES = 1 << 21
+# Values of a tile that are weighted and added at once: float32 with two temporaries stays in the cache.
+STEP_VALUES = 1 << 17
+# Sums larger than this are kept in a file instead of memory, where a whole volume is wanted.
+MEMORY_BYTES = 2 << 30
+# Logit of the background, and minus that of all else, where every tile was left out.
+AIR_LOGIT = 20.0
+
+Index = tuple[slice, ...]
+
+
+class NotFiniteError(ArithmeticError):
+    """The mean of some voxel is not finite: the sums overflowed, or the network returned no numbers."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tiles of a volume, and the bands of rows and lines that become final one after the other.
+
+    Attributes
+    ----------
+    tiles : index of each tile in the padded volume, first axis outermost
+    shape : of the padded volume
+    patch : of a tile, three axes
+    inner : index of the volume in the padded one
+    rows, lines : borders of the bands, from 0 to the length of the axis
+    """
+
+    tiles: Sequence[Index]
+    shape: Shape
+    patch: Shape
+    inner: Index
+    rows: tuple[int, ...]
+    lines: tuple[int, ...]
+
+    @classmethod
+    def plan(cls, tiles: Sequence[Index], shape: Shape, inner: Index, n_values: int) -> "Grid":
+        """Cut at the starts of tiles; `n_values` a voxel, 0 for one band that holds the whole volume."""
+        patch = tuple(part.stop - part.start for part in tiles[0])
+        starts = [sorted({tile[axis].start for tile in tiles}) for axis in (0, 1)]
+        wanted = CHUNK_VALUES // n_values if n_values else 0
+        rows = _borders(starts[0], shape[0], wanted // (shape[1] * shape[2]) if n_values else shape[0])
+        thickest = _widest(rows)
+        lines = _borders(starts[1], shape[1], wanted // (thickest * shape[2]) if n_values else shape[1])
+        return cls(tiles, shape, patch, inner, rows, lines)
+
+    def final_places(self) -> dict[int, list["Place"]]:
+        """Return which chunks are final after a tile, by the tile's number."""
+        last: dict[Place, int] = {}
+        for number, tile in enumerate(self.tiles):
+            for row in _bands(self.rows, tile[0]):
+                for line in _bands(self.lines, tile[1]):
+                    last[Place(row, line)] = number
+        final: dict[int, list[Place]] = {}
+        for place in sorted(last):
+            final.setdefault(last[place], []).append(place)
+        return final
+
+
+def _borders(starts: list[int], length: int, least: int) -> tuple[int, ...]:
+    """Return those starts that lie at least `least` after the one before, and the end."""
+    chosen = [0]
+    for start in starts[1:]:
+        if start - chosen[-1] >= least:
+            chosen.append(start)
+    return (*chosen, length)
+
+
+class Place(NamedTuple):
+    """A chunk: the number of its band of rows and of its band of lines."""
+
+    row: int
+    line: int
+
+
+@dataclass
+class _Chunk:
+    """Sums between two borders along the first two axes; a row and a line in front are for the neighbours'.
+
+    Attributes
+    ----------
+    sums : one tensor a fold, (n_outputs, front + rows, front + lines, a2)
+    weights : (front + rows, front + lines, a2)
+    origin : padded row and line of the first of the sums
+    """
+
+    sums: list[Tensor]
+    weights: Tensor
+    origin: tuple[int, int]
+
+
+@dataclass
+class Sums:
+    """Weighted logits of every fold, in chunks.
+
+    Attributes
+    ----------
+    grid : the tiles and bands
+    n_outputs, folds : maps, and networks whose means are averaged
+    dtype : float16 rounds as nnU-Net does; or float32
+    device : where the sums are kept
+    """
+
+    grid: Grid
+    n_outputs: int
+    folds: int
+    dtype: torch.dtype
+    device: torch.device
+    _chunks: dict[Place, _Chunk] = field(default_factory=dict)
+    _row_end: Tensor | None = None
+    _line_end: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        grid = self.grid
+        flat = grid.patch[0] == 1
+        gaussian = np.array(gaussian_weights(grid.patch[1:] if flat else grid.patch))
+        self.gaussian = torch.from_numpy(gaussian).reshape(grid.patch).to(self.device)
+        self.weighting = self.gaussian.float()
+
+    @property
+    def bytes(self) -> int:
+        """The most that the sums take: rows that tiles of one place along the first axis touch, all folds."""
+        rows = min(self.grid.shape[0], self.grid.patch[0] + _widest(self.grid.rows))
+        values = rows * self.grid.shape[1] * self.grid.shape[2]
+        return int(values * (self.n_outputs * self.folds + 1) * self.dtype.itemsize)
+
+    def to(self, device: torch.device) -> None:
+        """Move all sums to another device."""
+        self.device = device
+        self.gaussian, self.weighting = self.gaussian.to(device), self.weighting.to(device)
+        for chunk in self._chunks.values():
+            chunk.sums = [each.to(device) for each in chunk.sums]
+            chunk.weights = chunk.weights.to(device)
+        self._row_end = None if self._row_end is None else self._row_end.to(device)
+        self._line_end = None if self._line_end is None else self._line_end.to(device)
+
+    def add_weights(self, tile: Index) -> None:
+        """Count a tile, whose logits of every fold are added too."""
+        for chunk, where, part in self._parts(tile):
+            chunk.weights[where] += self.gaussian[part]
+
+    def add(self, fold: int, tile: Index, logits: Tensor) -> None:
+        """Add float32 logits (n_outputs, *patch) of one fold, which are left as they are.
+
+        Mixed types in one operation take torch three times as long as a conversion before and after.
+        """
+        logits = logits.to(self.device)
+        parts = [(chunk.sums[fold], where, part) for chunk, where, part in self._parts(tile)]
+        step = max(1, STEP_VALUES // (self.grid.patch[1] * self.grid.patch[2]))
+        if self.device.type != "cpu":
+            step = self.grid.patch[0]
+        for number, channel in enumerate(logits):
+            for first in range(0, self.grid.patch[0], step):
+                some = slice(first, first + step)
+                weighted = channel[some] * self.weighting[some]
+                for sums, where, part in parts:
+                    _add_rows(sums[number], where, part, weighted, first)
+
+    def finish(self, place: Place) -> Block:
+        """Return the mean logits of a chunk, all of whose tiles have come, and forget it.
+
+        Raises
+        ------
+        NotFiniteError
+            Some mean is not finite.
+        """
+        chunk = self._chunks.pop(place, None) or self._new(place)
+        front = (int(place.row > 0), int(place.line > 0))
+        own = (slice(None), slice(front[0], None), slice(front[1], None))
+        mean = self._mean(chunk, own)
+        lines = slice(*self.grid.lines[place.line : place.line + 2])
+        if front[0]:
+            assert self._row_end is not None  # the band before has gone through here
+            mean[:, 0, front[1] :] = self._row_end[:, lines]
+        if front[1]:
+            assert self._line_end is not None
+            mean[:, :, 0] = self._line_end
+        self._keep_ends(mean, lines, front[1], place)
+        return self._block(mean, chunk.origin)
+
+    def _mean(self, chunk: _Chunk, own: Index) -> Tensor:
+        weights = chunk.weights[own[1:]]
+        missing = weights == 0
+        some_missing = bool(missing.any())
+        if some_missing:
+            weights[missing] = 1
+        total = chunk.sums[0]
+        for channel in range(self.n_outputs):  # one at a time: a mapped file is never in memory as a whole
+            target = total[channel][own[1:]]
+            target.div_(weights)
+            for other in chunk.sums[1:]:
+                target.add_(other[channel][own[1:]].div_(weights))
+            if self.folds > 1:
+                target.div_(self.folds)
+            if some_missing:
+                target[missing] = AIR_LOGIT if channel == 0 else -AIR_LOGIT
+            if not _is_finite(target):
+                raise NotFiniteError
+        return total
+
+    def _keep_ends(self, mean: Tensor, lines: slice, front: int, place: Place) -> None:
+        """Keep what the next chunks begin with."""
+        if place.row < len(self.grid.rows) - 2:
+            if self._row_end is None:
+                size = (self.n_outputs, *self.grid.shape[1:])
+                self._row_end = torch.empty(size, dtype=self.dtype, device=self.device)
+            self._row_end[:, lines] = mean[:, -1, front:]
+        if place.line < len(self.grid.lines) - 2:
+            self._line_end = mean[:, :, -1].clone()
+
+    def _block(self, mean: Tensor, origin: tuple[int, int]) -> Block:
+        """Return the part of a chunk that is not padding."""
+        inside, places = [], []
+        for axis in (0, 1):
+            inner, start = self.grid.inner[axis], origin[axis]
+            first, stop = max(inner.start, start), min(inner.stop, start + mean.shape[axis + 1])
+            inside.append(slice(first - start, stop - start))
+            places.append(slice(first - inner.start, stop - inner.start))
+        values = mean[:, inside[0], inside[1], self.grid.inner[2]]
+        return Block(values.cpu(), places[0], places[1])
+
+    def _parts(self, tile: Index) -> Iterator[tuple[_Chunk, Index, Index]]:
+        """Yield the chunks that a tile touches, where in them, and with which part of the tile."""
+        for row in _bands(self.grid.rows, tile[0]):
+            for line in _bands(self.grid.lines, tile[1]):
+                place = Place(row, line)
+                if place not in self._chunks:
+                    self._chunks[place] = self._new(place)
+                chunk = self._chunks[place]
+                borders = (self.grid.rows[row : row + 2], self.grid.lines[line : line + 2])
+                where, part = [], []
+                for axis, (start, stop) in enumerate(borders):
+                    first, last = max(tile[axis].start, start), min(tile[axis].stop, stop)
+                    where.append(slice(first - chunk.origin[axis], last - chunk.origin[axis]))
+                    part.append(slice(first - tile[axis].start, last - tile[axis].start))
+                yield chunk, (*where, tile[2]), (*part, slice(None))
+
+    def _new(self, place: Place) -> _Chunk:
+        front = (int(place.row > 0), int(place.line > 0))
+        origin = (self.grid.rows[place.row] - front[0], self.grid.lines[place.line] - front[1])
+        size = (
+            self.grid.rows[place.row + 1] - origin[0],
+            self.grid.lines[place.line + 1] - origin[1],
+            self.grid.shape[2],
+        )
+        sums = [_zeros((self.n_outputs, *size), self.dtype, self.device) for _ in range(self.folds)]
+        return _Chunk(sums, _zeros(size, self.dtype, self.device), origin)
+
+
+def _add_rows(sums: Tensor, where: Index, part: Index, weighted: Tensor, first: int) -> None:
+    """Add rows of a weighted tile, from its row `first`, to where they belong in one map."""
+    begin = max(part[0].start, first)
+    end = min(part[0].stop, first + weighted.shape[0])
+    if begin >= end:
+        return
+    offset = where[0].start - part[0].start
+    target = sums[begin + offset : end + offset, where[1], where[2]]
+    values = weighted[begin - first : end - first, part[1]]
+    if target.dtype == values.dtype:
+        target.add_(values)
+    else:
+        target.copy_(target.float().add_(values))
+
+
+def _widest(borders: tuple[int, ...]) -> int:
+    return max(stop - start for start, stop in pairwise(borders))
+
+
+def _bands(borders: tuple[int, ...], part: slice) -> range:
+    """Return the numbers of the bands that a part of an axis touches."""
+    return range(bisect_right(borders, part.start) - 1, bisect_left(borders, part.stop))
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Return whether no value is infinite or NaN, by their exponents: ten times as fast as torch.isfinite."""
+    if values.device.type != "cpu":
+        return bool(torch.isfinite(values).all())
+    half = values.dtype == torch.float16
+    bits = values.view(torch.int16 if half else torch.int32)
+    limit = 0x7C00 if half else 0x7F800000
+    return bool((bits & (0x7FFF if half else 0x7FFFFFFF)).max() < limit)
+
+
+def _zeros(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on a CPU their memory is taken where they are written, or in a file if they are many."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    kind = np.float16 if dtype == torch.float16 else np.float32
+    if int(np.prod(shape)) * dtype.itemsize <= MEMORY_BYTES:
+        return torch.from_numpy(np.zeros(shape, dtype=kind))
+    with tempfile.TemporaryFile(prefix="medseg-logits-") as file:
+        file.truncate(int(np.prod(shape)) * dtype.itemsize)
+        return torch.from_numpy(np.memmap(file, dtype=kind, mode="r+", shape=shape))
