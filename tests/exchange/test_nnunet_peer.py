@@ -1,0 +1,134 @@
+"""Against nnU-Net itself: cascades, several folds, old plans, fold_all, and models that go back to it.
+
+The models are made and predicted with by nnU-Net 2.8.1 in its own environment (fixture `peer_python`).
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medseg.bundle import Bundle, write_bundle
+from medseg.exchange import EXPORTERS, load_model
+from medseg.infer import Predictor
+from medseg.io import list_cases, read, read_image
+from tests.infer.models import tiny_plan, tiny_weights
+
+from .nnunet_models import (
+    CASCADE,
+    DATASET,
+    FULLRES,
+    LOWRES,
+    REGIONS,
+    as_old_format,
+    disturb,
+    plans,
+    write_cases,
+    write_descriptions,
+)
+
+EQUAL_VOXELS = 0.999
+DICE = 0.999
+PROBABILITY = 5e-3
+
+PREFIX = "nnUNetTrainer__nnUNetPlans__"
+# name: plans, dataset.json, folds, geometry of the images
+VARIANTS = {
+    "masked normalisation, two folds": (plans(masked=True), DATASET, (0, 1), {}),
+    "regions, coarse slices, old plans, fold_all": (
+        as_old_format(
+            plans(
+                (4.0, 1.8, 1.8),
+                (4.0, 1.2, 1.2),
+                (1, 2, 2),
+                (1, 0, 2),
+                normalization="CTNormalization",
+            )
+        ),
+        REGIONS,
+        ("all",),
+        {"shape": (44, 18, 48), "spacing": (1.1, 4.0, 0.9)},
+    ),
+}
+
+
+def run_peer(python, folder, jobs):
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("nnunet_peer.py")
+    done = subprocess.run([python, script, file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def cascade(request, peer_python, tmp_path_factory):
+    """Return a folder with both trained stages, images, and nnU-Net's predictions of both."""
+    content, dataset, folds, geometry = VARIANTS[request.param]
+    root = tmp_path_factory.mktemp("cascade")
+    images, labels = write_cases(root / "train", (1, 2), **geometry)
+    tests, truth = write_cases(root / "test", (3,), **geometry)
+    first = disturb(labels, root / "first_train")
+    dirty = disturb(truth, root / "first_dirty", seed=1)
+    low = write_descriptions(root / "models" / f"{PREFIX}{LOWRES}", content, dataset)
+    high = write_descriptions(root / "models" / f"{PREFIX}{CASCADE}", content, dataset)
+    common = {"do": "train", "images": str(images), "labels": str(labels)}
+    jobs = [{**common, "folder": str(low), "configuration": LOWRES, "fold": folds[0]}]
+    for seed, fold in enumerate(folds):
+        jobs.append(
+            {**common, "folder": str(high), "configuration": CASCADE, "fold": fold, "seed": seed}
+            | {"previous": str(first)}
+        )
+    use = None if folds != ("all",) else "all"
+    for mirror in (False, True):
+        common = {"do": "predict", "images": str(tests), "mirror": mirror, "folds": use}
+        lowres = str(root / f"lowres_{mirror}")
+        jobs.append({**common, "folder": str(low), "out": lowres})
+        high_job = {**common, "folder": str(high)}
+        jobs.append({**high_job, "out": str(root / f"own_{mirror}"), "previous": lowres})
+        jobs.append({**high_job, "out": str(root / f"dirty_{mirror}"), "previous": str(dirty)})
+    run_peer(peer_python, root, jobs)
+    return root
+
+
+def assert_same(ours, folder, case, probabilities=None):
+    golden = read(folder / f"{case.name}.nii.gz")
+    assert ours.geometry.matches(golden.geometry)
+    assert ours.array.dtype == golden.array.dtype
+    assert len(np.unique(golden.array)) == 3, "the model found nothing, so the comparison is worth nothing"
+    assert (ours.array == golden.array).mean() >= EQUAL_VOXELS
+    for label in (1, 2):
+        a, b = ours.array == label, golden.array == label
+        assert 2 * (a & b).sum() / (a.sum() + b.sum()) >= DICE, f"label {label}"
+    if probabilities is not None:
+        with np.load(folder / f"{case.name}.npz") as theirs, np.load(probabilities) as mine:
+            difference = np.abs(theirs["probabilities"] - mine["probabilities"].astype(np.float32))
+        assert difference.max() <= PROBABILITY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_cascade_predicts_what_nnunet_predicts(cascade, tmp_path, mirror):
+    bundle = load_model(cascade / "models")  # of the two the last stage, with the first beside it
+    assert bundle.configuration == CASCADE and bundle.previous.configuration == LOWRES
+    case = list_cases(cascade / "test" / "images", 1)[0]
+    predictor = Predictor(bundle, mirror=mirror, threads=1, device="cpu")
+    volume = read_image(case)
+    file = tmp_path / "ours.npz"
+    assert_same(predictor.segment(volume, file).volume, cascade / f"own_{mirror}", case, file)
+    lowres = Predictor(bundle.previous, mirror=mirror, threads=1, device="cpu")
+    assert_same(lowres.segment(volume, file).volume, cascade / f"lowres_{mirror}", case, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_cascade_takes_any_label_map_as_nnunet_takes_it(cascade, tmp_path, mirror):
+    bundle = load_model(cascade / "models" / f"{PREFIX}{CASCADE}")
+    case = list_cases(cascade / "test" / "images", 1)[0]
+    first = read(cascade / "first_dirty" / f"{case.name}.nii.gz")
+    file = tmp_path / "ours.npz"
+    predictor = Predictor(bundle, mirror=mirror, threads=1, device="cpu")
+    ours = predictor.segment(read_image(case), file, previous=first).volume
+    assert_same(ours, cascade / f"dirty_{mirror}", case, file)
