@@ -260,6 +260,7 @@ class _Run:
     memory: int | None
     rows: dict[str, CaseResult] = field(default_factory=dict)
     reported: float = 0.0
+    task: log.Task | None = None
 
     def __post_init__(self) -> None:
         self.cases = list_cases(self.source, len(_channels(self.predictor)))
@@ -294,10 +295,11 @@ class _Run:
     def work_off(self, todo: Sequence[Case], stages: tuple[Stage, ...]) -> None:
         """Send cases through the stages, and note what becomes of them."""
         with log.task("Predict", len(todo)) as task, closing(convey(todo, stages, self.has_room)) as belt:
+            self.task = task
             for outcome in belt:
                 self.rows[outcome.item.name] = self.row(outcome)
                 self.write_report(at_once=False)
-                task.advance(note=outcome.item.name, check=False)  # the belt asks, once nothing gets lost
+                task.advance(check=False)  # the belt asks whether to stop, once nothing gets lost
                 del outcome  # an error holds on to the images of its case
 
     def stages(self, read_timeout: float) -> tuple[Stage, ...]:
@@ -341,6 +343,8 @@ class _Run:
     def predict(self, case: Case, loaded: _Loaded) -> _Predicted:
         """Run the network, all the way to the label map."""
         began = time.monotonic()
+        if self.task is not None:
+            self.task.advance(0, case.name, check=False)
         maps = self.maps(self.targets[case])
         result = self.predictor.segment_prepared(loaded.volume, loaded.prepared, maps, loaded.first_stage)
         return _Predicted(result.volume, time.monotonic() - began, loaded.inputs)

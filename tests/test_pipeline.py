@@ -2,6 +2,9 @@
 
 import errno
 import json
+import re
+import shutil
+import subprocess
 import threading
 import time
 
@@ -13,8 +16,9 @@ from typer.testing import CliRunner
 from medseg import pipeline
 from medseg.bundle import load_bundle, save_bundle
 from medseg.cli.info import info
-from medseg.cli.predict import predict
+from medseg.cli.predict import _duration, predict
 from medseg.errors import (
+    BundleError,
     Cancelled,
     ConfigError,
     DataError,
@@ -443,3 +447,253 @@ def test_options_are_checked_before_anything_is_read(bundle, images, tmp_path):
     with pytest.raises(ConfigError, match="precision"):
         predict_folder(images, bundle, tmp_path / "out", options=Options(precision="fp64", device="cpu"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_case_is_read_ahead_and_the_last_one_written_behind(bundle, images, tmp_path, monkeypatch):
+    """While ben is in the network, cid is being read and ann is being written, and nothing else is held."""
+    met = threading.Barrier(3, timeout=20)
+
+    def meet(original, name, wanted):
+        def stage(self, case, value):
+            if case.name == wanted:
+                met.wait()
+            return original(self, case, value)
+
+        monkeypatch.setattr(pipeline._Run, name, stage)
+
+    for name, wanted in (("read", "cid"), ("predict", "ben"), ("write", "ann")):
+        meet(getattr(pipeline._Run, name), name, wanted)
+    results = predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert [(r.case, r.status) for r in results] == [(n, "done") for n in ("ann", "ben", "cid")]
+
+
+def test_a_case_that_does_not_fit_beside_another_waits_for_it(bundle, images, tmp_path, monkeypatch):
+    held, most = set(), []
+    read_stage, write_stage = pipeline._Run.read, pipeline._Run.write
+
+    def read_case(self, case, value):
+        held.add(case.name)
+        most.append(len(held))
+        return read_stage(self, case, value)
+
+    def write_case(self, case, value):
+        held.remove(case.name)
+        return write_stage(self, case, value)
+
+    monkeypatch.setattr(pipeline._Run, "read", read_case)
+    monkeypatch.setattr(pipeline._Run, "write", write_case)
+    size = 8 * 4 * 13 * 11 * 9
+    predict_folder(images, bundle, tmp_path / "a", memory=size, **FAST)
+    assert max(most) == 1
+    predict_folder(images, bundle, tmp_path / "b", memory=2 * size, **FAST)
+    assert max(most) > 1
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\x1f\x8b" + bytes(9)])
+def test_the_size_of_an_odd_file_is_no_error(tmp_path, content):
+    (tmp_path / "a.nii.gz").write_bytes(content)
+    assert pipeline._unpacked_size(tmp_path / "a.nii.gz") >= 0
+    assert pipeline._unpacked_size(tmp_path / "missing.nii.gz") == 0
+
+
+def test_free_memory_is_known_or_not_asked_for():
+    free = pipeline.free_memory()
+    assert free is None or free > 0
+
+
+def test_rows_keep_the_order_of_the_cases_though_a_bad_one_is_known_first(bundle, images, tmp_path):
+    (images / "cid_0000.nii.gz").write_bytes(b"not an image")
+    write(image(seed=9), images / "dan_0000.nii.gz")
+    results = predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert [(r.case, r.status) for r in results] == [
+        ("ann", "done"), ("ben", "done"), ("cid", "failed"), ("dan", "done")
+    ]  # fmt: skip
+    assert [row["case"] for row in report(tmp_path / "out")["cases"]] == ["ann", "ben", "cid", "dan"]
+
+
+def test_a_label_map_that_cannot_be_written_in_time_is_given_up(bundle, images, tmp_path, monkeypatch):
+    original, release = pipeline.write, threading.Event()
+
+    def slow(volume, path):
+        if path.name.startswith("ben"):
+            release.wait(20)
+        original(volume, path)
+
+    monkeypatch.setattr(pipeline, "write", slow)
+    monkeypatch.setattr(pipeline, "WRITE_TIMEOUT_SECONDS", 0.5)
+    results = predict_folder(images, bundle, tmp_path / "out", **FAST)
+    release.set()
+    assert [r.status for r in results] == ["done", "failed", "done"]
+    assert "ben: could not be written within 0.5 s" in results[1].error
+
+
+def test_a_network_that_hangs_ends_the_run_with_a_sentence(bundle, images, tmp_path, monkeypatch):
+    original, release, calls = Predictor.segment_prepared, threading.Event(), []
+
+    def hang(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            release.wait(20)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Predictor, "segment_prepared", hang)
+    monkeypatch.setattr(pipeline, "NETWORK_TIMEOUT_SECONDS", 0.5)
+    with pytest.raises(ResourceError, match=r"ben: the network has finished nothing for 0\.5 s"):
+        predict_folder(images, bundle, tmp_path / "out", **FAST)
+    release.set()
+    assert [row["case"] for row in report(tmp_path / "out")["cases"]] == ["ann"]
+
+
+def test_odd_images_are_segmented_or_a_row_and_never_the_end(bundle, images, tmp_path):
+    blank = image(seed=1)
+    write(blank.with_array(np.zeros_like(blank.array)), images / "blank_0000.nii.gz")
+    write(image((13, 11, 1), seed=2), images / "slice_0000.nii.gz")
+    (images / "folder_0000.nii.gz").mkdir()
+    results = predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert {r.case: r.status for r in results} == dict.fromkeys(
+        ("ann", "ben", "blank", "cid", "slice"), "done"
+    )
+    for name in ("blank", "slice"):
+        ours = read(tmp_path / "out" / f"{name}.nii.gz")
+        assert ours.geometry.matches(read(images / f"{name}_0000.nii.gz").geometry)
+
+
+def test_a_file_that_may_not_be_read_is_a_row(bundle, images, tmp_path, monkeypatch):
+    original = type(images).open
+
+    def refuse(self, *arguments, **options):
+        if self.name.startswith("ben"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(type(images), "open", refuse)
+    results = predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert [r.status for r in results] == ["done", "failed", "done"]
+    assert "may not be read. Change its permissions" in results[1].error
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_is_whole(bundle, images, small_disk):
+    noise = np.random.default_rng(0).normal(5, 2, (1, 64, 64, 64)).astype(np.float32)
+    write(Volume(noise, Geometry((64, 64, 64), np.eye(4))), images / "ben_0000.nii.gz")
+    out = small_disk / "out"
+    with pytest.raises(ResourceError, match="disk is full"):
+        predict_folder(images, bundle, out, **FAST)
+    assert {path.name for path in out.iterdir()} <= {"ann.nii.gz", "predictions.json"}
+    assert read(out / "ann.nii.gz").shape == (13, 11, 9)
+
+
+@pytest.fixture
+def cascade(tmp_path):
+    """Paths of a second stage without its first, and of the first."""
+    plan = tiny_plan()
+    weights = tiny_weights(plan, "3d_cascade_fullres", seed=3)
+    save_bundle(tmp_path / "second", plan, "3d_cascade_fullres", {"0": weights}, (), CARD)
+    save_bundle(tmp_path / "first", plan, "3d_fullres", {"0": tiny_weights(plan)}, (), CARD)
+    return tmp_path / "second", tmp_path / "first"
+
+
+def test_a_cascade_without_its_first_stage_is_refused_before_anything_is_read(cascade, images, tmp_path):
+    with pytest.raises(BundleError, match="--previous"):
+        predict_folder(images, cascade[0], tmp_path / "out", **FAST)
+    with pytest.raises(BundleError, match="--previous"):
+        segment(image(), cascade[0], **FAST)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_first_stage_can_be_given_as_a_model_or_as_its_label_maps(cascade, images, tmp_path):
+    second, first = cascade
+    predict_folder(images, first, tmp_path / "stage", **FAST)
+    for name, options in {"a": {"previous": first}, "b": {"previous_labels": tmp_path / "stage"}}.items():
+        results = predict_folder(images, second, tmp_path / name, **options, **FAST)
+        assert {r.status for r in results} == {"done"}
+    first_map = tmp_path / "stage" / "ann.nii.gz"
+    whole = segment(images / "ann_0000.nii.gz", second, previous=first, **FAST)
+    given = segment(images / "ann_0000.nii.gz", second, previous_labels=first_map, **FAST)
+    empty = read(first_map).with_array(np.zeros_like(read(first_map).array))
+    other = segment(images / "ann_0000.nii.gz", second, previous_labels=empty, **FAST)
+    for labels in (read(tmp_path / "a" / "ann.nii.gz"), read(tmp_path / "b" / "ann.nii.gz"), given.volume):
+        assert (labels.array == whole.volume.array).all()
+    assert (other.volume.array != whole.volume.array).any()
+
+
+def test_a_label_map_of_the_first_stage_that_is_missing_or_does_not_fit_is_a_row(cascade, images, tmp_path):
+    stage = tmp_path / "stage"
+    predict_folder(images, cascade[1], stage, **FAST)
+    (stage / "ann.nii.gz").unlink()
+    write(Volume(np.zeros((4, 4, 4), np.uint8), Geometry((4, 4, 4), np.eye(4))), stage / "ben.nii.gz")
+    cid = read(stage / "cid.nii.gz")
+    write(cid.with_array(cid.array + 7), stage / "cid.nii.gz")
+    results = predict_folder(images, cascade[0], tmp_path / "out", previous_labels=stage, **FAST)
+    assert [r.status for r in results] == ["failed"] * 3
+    for row, reason in zip(
+        results, ("has no label map of the first", "differs from", "holds values"), strict=True
+    ):
+        assert row.case in row.error and reason in row.error
+    with pytest.raises(ReadError, match="no such folder"):
+        predict_folder(images, cascade[0], tmp_path / "out", previous_labels=tmp_path / "none", **FAST)
+
+
+def test_label_maps_of_a_first_stage_are_refused_by_a_model_that_has_none(bundle, images, tmp_path):
+    with pytest.raises(ConfigError, match="no cascade"):
+        predict_folder(images, bundle, tmp_path / "out", previous_labels=images, **FAST)
+
+
+def test_continue_notices_another_first_stage(cascade, images, tmp_path):
+    second, first = cascade
+    stage, out = tmp_path / "stage", tmp_path / "out"
+    predict_folder(images, first, stage, **FAST)
+
+    def again(**options):
+        results = predict_folder(images, second, out, resume=True, **options, **FAST)
+        return {r.case: r.status for r in results}
+
+    everything = dict.fromkeys(("ann", "ben", "cid"), "done")
+    assert again(previous_labels=stage) == everything
+    assert again(previous_labels=stage) == dict.fromkeys(everything, "skipped")
+    changed = read(stage / "ben.nii.gz")
+    write(changed.with_array(np.zeros_like(changed.array)), stage / "ben.nii.gz")
+    assert again(previous_labels=stage) == {"ann": "skipped", "ben": "done", "cid": "skipped"}
+    assert again(previous=first) == everything
+    assert again(previous=first) == dict.fromkeys(everything, "skipped")
+    plan = tiny_plan()
+    save_bundle(tmp_path / "other", plan, "3d_fullres", {"0": tiny_weights(plan, seed=9)}, (), CARD)
+    assert again(previous=tmp_path / "other") == everything
+
+
+@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"mirror": True}, {"compatible": False}])
+def test_continue_notices_another_setting(bundle, images, tmp_path, change):
+    predict_folder(images, bundle, tmp_path / "out", **FAST)
+    results = predict_folder(images, bundle, tmp_path / "out", resume=True, **{**FAST, **change})
+    assert {r.status for r in results} == {"done"}
+
+
+def test_a_checkpoint_is_chosen_only_for_a_model_of_nnunet(bundle, images, tmp_path):
+    with pytest.raises(ConfigError, match="no model of nnU-Net"):
+        predict_folder(images, bundle, tmp_path / "out", checkpoint="best", **FAST)
+
+
+def test_the_summary_counts_what_became_of_the_cases(bundle, images, tmp_path):
+    words = ("predict", images, "-m", bundle, "-o", tmp_path / "out", "--no-mirror", "--threads", 1)
+    assert re.search(r"^3 done in \d+\.\d s, \d+\.\d s a case$", run(*words).stderr, re.M)
+    (images / "ben_0000.nii.gz").write_bytes(b"not an image")
+    again = run(*words, "--resume")
+    assert "0 done, 2 done before, 1 failed" in again.stderr
+    assert again.stdout.count("skipped") == 2
+
+
+def test_durations_are_short_words():
+    assert [_duration(seconds) for seconds in (0.04, 99.2, 100, 3600, 5025)] == [
+        "0.0 s", "99.2 s", "1:40 min", "1:00:00", "1:23:45"
+    ]  # fmt: skip
