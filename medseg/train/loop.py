@@ -20,6 +20,7 @@ from medseg.files import write_text
 from medseg.labels import LabelSet
 from medseg.train import losses, state
 from medseg.train.config import OptimizerConfig, TrainConfig
+from medseg.train.parallel import SplitBatch, is_per_sample
 from medseg.train.samples import Sampler, batches, to_target, validation_batches
 
 COMPLETE = "the schedule is complete"
@@ -106,9 +107,8 @@ def run(job: Job, fabric: Any) -> Outcome:
         state.frozen(average.parameters())
         average.to(fabric.device)
     raw = job.network
-    network, optimizer = fabric.setup(
-        _compiled(raw, job.config, fabric), make_optimizer(raw, job.config.optimizer)
-    )
+    optimizer = make_optimizer(raw, job.config.optimizer, fused=fabric.device.type == "cpu")
+    network, optimizer = fabric.setup(_made_fast(job, fabric), optimizer)
     progress = state.Progress()
     path = job.folder / STATE_FILE
     if job.resume and path.exists():
@@ -333,8 +333,8 @@ def write_scalars(board: Any, row: dict[str, Any]) -> None:
     board.flush()
 
 
-def make_optimizer(network: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """Return SGD with Nesterov momentum, or AdamW."""
+def make_optimizer(network: nn.Module, config: OptimizerConfig, fused: bool = False) -> Optimizer:
+    """Return SGD with Nesterov momentum, or AdamW; `fused` updates a tensor in one pass."""
     if config.name == "sgd":
         return SGD(
             network.parameters(),
@@ -342,8 +342,9 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig) -> Optimizer:
             momentum=config.momentum,
             nesterov=config.momentum > 0,
             weight_decay=config.weight_decay,
+            fused=fused,
         )
-    return AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def set_learning_rate(optimizer: Optimizer, config: TrainConfig, fraction: float) -> None:
@@ -400,9 +401,16 @@ def overlap_counts(logits: Tensor, segs: Tensor, labels: LabelSet) -> Tensor:
     return torch.stack([m.sum(axes).float() for m in (predicted & reference, predicted, reference)])
 
 
-def _compiled(network: nn.Module, config: TrainConfig, fabric: Any) -> nn.Module:
-    on = config.compile == "on" or (config.compile == "auto" and fabric.device.type == "cuda")
-    return cast(nn.Module, torch.compile(network)) if on else network
+def _made_fast(job: Job, fabric: Any) -> nn.Module:
+    """Return the network compiled, or with the batch split among the cores of a CPU, or as it is."""
+    network, mode, device = job.network, job.config.compile, fabric.device.type
+    if mode == "on" or (mode == "auto" and device == "cuda"):
+        return cast(nn.Module, torch.compile(network))
+    threads = torch.get_num_threads()
+    alone = device == "cpu" and fabric.world_size == 1
+    if alone and min(threads, job.batch_size) > 1 and is_per_sample(network):
+        return SplitBatch(network, job.batch_size, threads)
+    return network
 
 
 def _all_nan(dice: dict[str, float]) -> bool:

@@ -193,7 +193,7 @@ def batches(
         images = torch.from_numpy(np.stack([s.image for s in samples]))
         return images, torch.from_numpy(np.stack([s.seg for s in samples]))
 
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+    executor = ThreadPoolExecutor(threads, "loader", torch.set_num_threads, (1,))
     waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
     step = first_step
     try:
