@@ -9,18 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from medseg.bundle import Bundle, write_bundle
+from medseg.bundle import write_bundle
 from medseg.exchange import EXPORTERS, load_model
 from medseg.infer import Predictor
-from medseg.io import list_cases, read, read_image
-from tests.infer.models import tiny_plan, tiny_weights
+from medseg.io import list_cases, open_dataset, read, read_image
+from medseg.plan import make_plan
+from medseg.train import fit
 
 from .nnunet_models import (
     CASCADE,
     DATASET,
-    FULLRES,
     LOWRES,
     REGIONS,
     as_old_format,
@@ -132,3 +131,41 @@ def test_a_cascade_takes_any_label_map_as_nnunet_takes_it(cascade, tmp_path, mir
     predictor = Predictor(bundle, mirror=mirror, threads=1, device="cpu")
     ours = predictor.segment(read_image(case), file, previous=first).volume
     assert_same(ours, cascade / f"dirty_{mirror}", case, file)
+
+
+GOLDENS = ["b_aniso_ct", "g_region_ignore_two_channel_mr", "h_2d_aniso_ct", "i_resenc_hippocampus"]
+
+
+@pytest.mark.slow
+def test_a_model_that_went_through_medseg_predicts_the_same_in_nnunet(peer_python, golden_dir, tmp_path):
+    jobs = []
+    for name in GOLDENS:
+        folder = golden_dir / "inference" / name
+        write_bundle(tmp_path / f"{name}.medseg", load_model(folder / "model"))
+        out = tmp_path / name
+        EXPORTERS["nnunet"](load_model(tmp_path / f"{name}.medseg"), out, None)
+        jobs.append(predict_job(out, folder / "imagesTs", tmp_path / "predicted" / name))
+    run_peer(peer_python, tmp_path, jobs)
+    for name in GOLDENS:
+        for golden in sorted((golden_dir / "inference" / name / "pred_nomirror").glob("*.nii.gz")):
+            ours = read(tmp_path / "predicted" / name / golden.name)
+            assert np.array_equal(ours.array, read(golden).array), golden
+
+
+def predict_job(folder, images, out):
+    return {"do": "predict", "folder": str(folder), "images": str(images), "out": str(out), "mirror": False}
+
+
+@pytest.mark.slow
+def test_nnunet_predicts_what_medseg_predicts_with_models_that_medseg_trained(peer_python, tmp_path):
+    write_cases(tmp_path / "data", range(5))
+    images, _ = write_cases(tmp_path / "test", (9,))
+    plan = make_plan(open_dataset(tmp_path / "data"), "cpu")
+    quick = ["epochs=2", "steps_per_epoch=30", "val_samples=2", "precision=fp32", "threads=1"]
+    run = fit(tmp_path / "data", tmp_path / "run", plan, overrides=quick)
+    bundle = load_model(run)
+    EXPORTERS["nnunet"](bundle, tmp_path / "out", None)
+    run_peer(peer_python, tmp_path, [predict_job(tmp_path / "out", images, tmp_path / "predicted")])
+    case = list_cases(images, 1)[0]
+    predictor = Predictor(bundle, mirror=False, precision="fp32", threads=1, device="cpu")
+    assert_same(predictor.segment(read_image(case)).volume, tmp_path / "predicted", case)
