@@ -38,9 +38,8 @@ from medseg.volume import Geometry, Volume
 
 if TYPE_CHECKING:
     from medseg.exchange.monai_in import MonaiModel
-    from medseg.infer import Options, Predictor
+    from medseg.infer import Options, Segmenter
     from medseg.labels import LabelSet
-    from medseg.preprocess import Preprocessed
 
 Image = PathLike | Volume | tuple[Array, FloatArray] | list[PathLike]
 Model: TypeAlias = "PathLike | Bundle | MonaiModel"
@@ -56,6 +55,8 @@ WRITE_TIMEOUT_SECONDS = 900.0
 NETWORK_TIMEOUT_SECONDS = 1800.0
 # How often the report is brought up to date while cases are predicted.
 REPORT_SECONDS = 5.0
+# Options that change labels, whether or not a predictor says how it followed them.
+SETTINGS = ("runtime", "skip_air")
 # What a case needs while it is read ahead, for every byte of its unpacked file: mostly int16, held as float32
 # by the volume, its copy in the network's order, the normalised one, and the resampled one.
 BYTES_PER_FILE_BYTE = 8
@@ -92,7 +93,7 @@ class _Loaded:
     """A case read and preprocessed."""
 
     volume: Volume
-    prepared: "list[Preprocessed]"
+    prepared: Any
     inputs: dict[str, str]
     first_stage: Volume | None
 
@@ -108,7 +109,7 @@ class _Predicted:
 
 def segment(
     image: Image,
-    models: "Models | Predictor",
+    models: "Models | Segmenter",
     probabilities: PathLike | None = None,
     options: "Options | None" = None,
     previous: PathLike | None = None,
@@ -147,16 +148,16 @@ def segment(
     """
     predictor = _predictor(models, options, changes, previous)
     _check_cascade(predictor, previous_labels is not None)
-    volume = _to_volume(image, len(_channels(predictor)))
+    volume = _to_volume(image, len(predictor.channels))
     if previous_labels is None:
         return predictor.segment(volume, probabilities)
-    first = _first_stage(previous_labels, volume, _labels(predictor))
+    first = _first_stage(previous_labels, volume, predictor.labels)
     return predictor.segment(volume, probabilities, first)
 
 
 def predict_folder(
     source: PathLike,
-    models: "Models | Predictor",
+    models: "Models | Segmenter",
     output: PathLike,
     save_probabilities: bool = False,
     resume: bool = False,
@@ -252,7 +253,7 @@ def _load_model(model: "Model", previous: PathLike | None, checkpoint: str | Non
 class _Run:
     """One call of :func:`predict_folder`."""
 
-    predictor: "Predictor"
+    predictor: "Segmenter"
     source: Path
     output: Path
     probabilities: bool
@@ -263,7 +264,7 @@ class _Run:
     task: log.Task | None = None
 
     def __post_init__(self) -> None:
-        self.cases = list_cases(self.source, len(_channels(self.predictor)))
+        self.cases = list_cases(self.source, len(self.predictor.channels))
         self.targets = dict(_targets(self.cases, self.source, self.output))
         single = not self.source.is_dir() and suffix_of(self.output) != ""
         name = f"{stem_of(self.output)}.json" if single else REPORT
@@ -337,7 +338,7 @@ class _Run:
         if self.first_stages is not None:
             if case.name not in self.first_stages:
                 raise ReadError(f"{case.name}: has no label map of the first stage. Predict it first.")
-            first = _first_stage(self.first_stages[case.name], volume, _labels(self.predictor))
+            first = _first_stage(self.first_stages[case.name], volume, self.predictor.labels)
         return _Loaded(volume, self.predictor.prepare(volume), hashes, first)
 
     def predict(self, case: Case, loaded: _Loaded) -> _Predicted:
@@ -404,7 +405,7 @@ class _Run:
         if self.first_stages is None:  # else the hashes of the label maps are with their cases
             stages = [bundle.previous for bundle in _bundles(self.predictor) if bundle.previous]
             content["first_stages"] = [stage.digest for stage in stages]
-        return content
+        return {name: getattr(self.predictor.options, name, None) for name in SETTINGS} | content
 
     def write_report(self, at_once: bool = True) -> None:
         """Bring ``predictions.json`` up to date."""
@@ -413,7 +414,7 @@ class _Run:
         report = {
             "input": str(self.source),
             "provenance": self.provenance,
-            "labels": _labels(self.predictor).to_dict(),
+            "labels": self.predictor.labels.to_dict(),
             "cases": [result.to_dict() for result in self.results],
         }
         write_text(self.report, json.dumps(report, indent=1))
@@ -421,27 +422,27 @@ class _Run:
 
 
 def _predictor(
-    models: "Models | Predictor",
+    models: "Models | Segmenter",
     options: "Options | None",
     changes: Mapping[str, Any],
     previous: PathLike | None,
     checkpoint: str | None = None,
-) -> "Predictor":
-    from medseg.infer import Predictor
+) -> "Segmenter":
+    from medseg.infer import Segmenter, make_predictor
 
-    if isinstance(models, Predictor):
+    if isinstance(models, Segmenter):
         if options is not None or changes or previous is not None or checkpoint is not None:
             raise ConfigError("a Predictor has its options already. Make it with those you want.")
         return models
-    return Predictor(cast(Any, load_models(models, previous, checkpoint)), options, **changes)
+    return make_predictor(load_models(models, previous, checkpoint), options, **changes)
 
 
-def _bundles(predictor: "Predictor") -> tuple[Bundle, ...]:
+def _bundles(predictor: "Segmenter") -> tuple[Bundle, ...]:
     """Return the models that have plans: those of MONAI have none."""
     return getattr(predictor, "bundles", ())
 
 
-def _check_cascade(predictor: "Predictor", given: bool) -> None:
+def _check_cascade(predictor: "Segmenter", given: bool) -> None:
     """Refuse a first stage that is missing, or one that nobody asks for, before anything is read."""
     cascades = [bundle for bundle in _bundles(predictor) if bundle.settings.previous_stage]
     if given and not cascades:
@@ -455,15 +456,6 @@ def _check_cascade(predictor: "Predictor", given: bool) -> None:
                 "which is not with it. Give the model with --previous, or its label maps with "
                 "--previous-labels."
             )
-
-
-def _channels(predictor: Any) -> tuple[str, ...]:
-    return tuple(getattr(predictor, "channels", None) or predictor.bundle.plan.channels)
-
-
-def _labels(predictor: Any) -> "LabelSet":
-    labels: LabelSet = getattr(predictor, "labels", None) or predictor.bundle.labels
-    return labels
 
 
 def _to_volume(image: Image, channels: int) -> Volume:
