@@ -12,6 +12,7 @@ arguments that are data. The bundle's own Python, TorchScript, pickled objects a
 Source of the layout: MONAI ``bundle/properties.py`` and the bundles of Project-MONAI/model-zoo.
 """
 
+import contextlib
 import hashlib
 import inspect
 import io
@@ -21,7 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from medseg.archive import Files, Limits, open_files
 from medseg.config import parse_mapping
@@ -256,8 +257,9 @@ def _loader(files: Files, name: str, path: Path) -> Callable[[], StateDict]:
         try:
             with files.open(name) as stream:
                 seekable = stream if files.local(name) else io.BytesIO(stream.read())
+                _refuse_torchscript(seekable, f"{path}: {name}")
                 data = torch.load(seekable, map_location="cpu", weights_only=True)
-        except MemoryError:
+        except (MemoryError, BundleError):
             raise
         except Exception as error:  # whatever a hostile file provokes in the reader
             first = re.split(r"[.\n]", str(error).strip())[0][:120]
@@ -268,6 +270,17 @@ def _loader(files: Files, name: str, path: Path) -> Callable[[], StateDict]:
         return _state_dict(data, f"{path}: {name}")
 
     return load
+
+
+def _refuse_torchscript(stream: IO[bytes], where: str) -> None:
+    """Say what a program is before torch turns to its interpreter; a state dict has no such members."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(stream) as archive:
+        if any(name.endswith("constants.pkl") or "/code/" in name for name in archive.namelist()):
+            raise BundleError(
+                f"{where} is TorchScript, which is a program, and medseg does not run code from bundles. "
+                "Save the network's state_dict with torch.save instead."
+            )
+    stream.seek(0)
 
 
 def _state_dict(data: Any, where: str) -> StateDict:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import medseg
 from medseg import log
-from medseg.errors import BundleError, ConfigError, DataError
+from medseg.errors import BundleError, ConfigError, DataError, MedsegError
 from medseg.exchange.monai_in import MonaiModel, build_inferer, build_network, build_transform
 from medseg.files import atomic_path
 from medseg.infer.predictor import Options
@@ -134,7 +134,9 @@ class MonaiPredictor:
         transform = Compose([build_transform(call) for call in self.model.preprocessing])
         try:
             return Prepared(transform({"image": _to_metatensor(volume)})["image"], transform)
-        except (RuntimeError, ValueError) as error:
+        except (MedsegError, MemoryError):
+            raise
+        except Exception as error:  # of MONAI's code, for arguments from outside
             raise DataError(
                 f"{self.model}: its preprocessing does not take this image of {volume.shape} voxels "
                 f"({_first_line(error)}). Check that it is of the kind the bundle is for."
@@ -223,7 +225,7 @@ class MonaiPredictor:
 
             try:
                 outputs: Tensor = inferer(image, call)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, MedsegError):
                 raise
             except (RuntimeError, ValueError) as error:
                 raise BundleError(

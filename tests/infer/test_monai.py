@@ -1,0 +1,293 @@
+"""Bundles of the Model Zoo's kind, predicted by medseg and by MONAI itself."""
+
+import importlib.util
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medseg import log
+from medseg.errors import BundleError, Cancelled, ConfigError, DataError
+from medseg.exchange.monai_in import Call, load_monai_bundle
+from medseg.infer import Options
+from medseg.infer import monai as predicting
+from medseg.infer.monai import MonaiPredictor
+from medseg.io.dataset import Case, read_image
+from medseg.labels import LabelSet
+from medseg.volume import Geometry, Volume
+from tests.exchange import zoo
+from tests.phantoms import GEOMETRIES, noise
+
+LOWRES = {"whole_body": "model_lowres.pt"}
+# Nearest neighbours at places half way between two voxels hang on the last bit of an oblique affine.
+STRAIGHT = {
+    "whole_body": {"tilt": False, "spacing": (1.5, 0.75, 2.5)},
+    "prostate": {"tilt": False, "codes": "RAS"},
+}
+
+
+def write(folder, name, **image):
+    """Write a bundle and an image for it; return the job for MONAI."""
+    weights = LOWRES.get(name, "model.pt")
+    root = zoo.write_bundle(folder / name, name, weights=weights)
+    paths = [str(p) for p in zoo.write_image(folder / f"{name}_images", 4 if name == "brats" else 1, **image)]
+    return {
+        "config": str(root / "configs" / "inference.json"),
+        "root": str(root),
+        "weights": str(root / "models" / weights),
+        "data": [paths] if len(paths) > 1 else paths,
+        "out": str(folder / f"{name}_out"),
+    }
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """Every kind of bundle with the label map that MONAI makes of an image."""
+    folder = tmp_path_factory.mktemp("zoo")
+    made = {name: write(folder, name, **STRAIGHT.get(name, {})) for name in zoo.ZOO}
+    zoo.run_monai(list(made.values()))
+    return made
+
+
+def read(job):
+    paths = job["data"][0] if isinstance(job["data"][0], list) else job["data"]
+    return read_image(Case("case", tuple(map(Path, paths)), None, "case"))
+
+
+def predictor(job, **options):
+    return MonaiPredictor(load_monai_bundle(job["root"]), Options(threads=1, **options))
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_label_maps_are_those_of_monai_voxel_by_voxel(name, jobs):
+    truth = zoo.result(jobs[name]["out"])
+    if name == "brats":
+        truth = np.where(truth == 4, 3, truth)
+    volume = read(jobs[name])
+    result = predictor(jobs[name]).segment(volume)
+    labels = result.volume.array[0]
+    assert len(np.unique(truth)) > 1
+    assert (labels == truth).mean() >= 0.9999
+    assert result.volume.geometry == volume.geometry
+    assert labels.dtype == result.labels.dtype
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("ignite") is None or importlib.util.find_spec("fire") is None,
+    reason="`python -m monai.bundle run` needs pytorch-ignite and fire",
+)
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_label_maps_are_those_of_the_command_of_monai(name, tmp_path):
+    job = write(tmp_path, name, **STRAIGHT.get(name, {}))
+    zoo.run_command(job, tmp_path)
+    truth = zoo.result(job["out"])
+    truth = np.where(truth == 4, 3, truth) if name == "brats" else truth
+    assert (predictor(job).segment(read(job)).volume.array[0] == truth).mean() >= 0.9999
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_probabilities_are_on_the_grid_of_the_image_one_for_each_output(name, jobs, tmp_path):
+    volume = read(jobs[name])
+    result = predictor(jobs[name]).segment(volume, tmp_path / "p.npz")
+    maps = np.load(tmp_path / "p.npz")["probabilities"]
+    assert maps.shape == (result.labels.n_outputs, *volume.shape[::-1])
+    assert maps.dtype == np.float32
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    assert result.probabilities == tmp_path / "p.npz"
+    labels = result.volume.array[0].transpose(2, 1, 0)
+    if result.labels.has_regions:
+        for probable, region in zip(maps, result.labels.foreground, strict=True):
+            inside = result.labels.mask(labels, region)
+            assert (inside | (probable < 0.5)).all()
+    elif name not in (
+        "prostate",
+        "whole_body",
+        "logits_last",
+    ):  # these decide on another grid, or remove components
+        assert (maps.argmax(axis=0) == labels).mean() > 0.9999
+
+
+def test_the_way_back_in_small_parts_gives_the_same_labels(jobs, monkeypatch):
+    volume = read(jobs["pediatric"])
+    whole = predictor(jobs["pediatric"]).segment(volume).volume.array
+    monkeypatch.setattr(predicting, "CHUNK_BYTES", 1)
+    np.testing.assert_array_equal(predictor(jobs["pediatric"]).segment(volume).volume.array, whole)
+
+
+@pytest.mark.parametrize("grid", ["flipped", "permuted", "oblique", "anisotropic", "one slice", "micron"])
+@pytest.mark.parametrize("name", ["spleen", "whole_body", "pediatric"])
+def test_every_grid_gets_its_own_grid_back(grid, name, jobs):
+    if grid == "micron":
+        geometry = Geometry((30, 28, 26), np.diag([1500.0, 1500.0, 2000.0, 1.0]), "micron")
+    else:
+        geometry = GEOMETRIES[grid]
+    volume = noise(geometry)
+    result = predictor(jobs[name]).segment(volume).volume
+    assert result.geometry == volume.geometry
+
+
+def test_micrometres_are_not_taken_for_millimetres(jobs):
+    wide = np.diag([1.5, 1.5, 2.0, 1.0])
+    array = noise(Geometry((30, 28, 26), wide)).array
+    spleen = predictor(jobs["spleen"])
+    thousand = np.diag([1000.0, 1000.0, 1000.0, 1.0]) @ wide
+    same = spleen.segment(Volume(array, Geometry((30, 28, 26), thousand, "micron"))).volume.array
+    np.testing.assert_array_equal(
+        same, spleen.segment(Volume(array, Geometry((30, 28, 26), wide))).volume.array
+    )
+
+
+def test_a_case_can_be_prepared_while_another_is_undone(jobs):
+    spleen, volume = predictor(jobs["spleen"]), read(jobs["spleen"])
+    expected = spleen.segment(volume).volume.array
+    ready = [spleen.prepare(volume)]
+    for _ in range(4):
+        thread = threading.Thread(target=lambda: ready.append(spleen.prepare(volume)))
+        thread.start()
+        result = spleen.segment_prepared(volume, ready.pop(0))
+        thread.join()
+        np.testing.assert_array_equal(result.volume.array, expected)
+
+
+def test_one_sigmoid_output_is_a_label_with_a_background(jobs, tmp_path):
+    settings = zoo.spleen()
+    settings["network_def"]["out_channels"] = 1
+    settings["postprocessing"] = zoo.compose(zoo.SIGMOID, zoo.invert(), zoo.HALF, zoo.SAVE)
+    root = zoo.write_bundle(tmp_path / "one", "one", settings)
+    made = MonaiPredictor(load_monai_bundle(root), Options(threads=1))
+    result = made.segment(read(jobs["spleen"]), tmp_path / "p.npz")
+    maps = np.load(tmp_path / "p.npz")["probabilities"]
+    assert result.labels == LabelSet.parse({"background": 0, "foreground": 1})
+    np.testing.assert_allclose(maps.sum(axis=0), 1, atol=1e-6)
+    np.testing.assert_array_equal(maps[1] >= 0.5, result.volume.array[0].transpose(2, 1, 0) == 1)
+
+
+def test_only_the_largest_component_of_a_label_stays(jobs):
+    model = load_monai_bundle(jobs["prostate"]["root"])
+    assert model.decision.largest_before == ((1,), (2,))
+    volume = read(jobs["prostate"])
+    cleaned = predictor(jobs["prostate"]).segment(volume).volume.array
+    every = MonaiPredictor(
+        replace(model, decision=replace(model.decision, largest_before=())), Options(threads=1)
+    )
+    raw = every.segment(volume).volume.array
+    assert ((cleaned != raw) <= (cleaned == 0)).all()
+    assert (cleaned != raw).any()
+
+
+def test_where_the_device_has_no_room_tiles_are_put_together_elsewhere(jobs, monkeypatch, caplog):
+    volume = read(jobs["spleen"])
+    expected = predictor(jobs["spleen"]).segment(volume).volume.array
+    build, places = predicting.build_inferer, []
+
+    def small(call, **changes):
+        places.append(changes)
+        if len(places) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(call, **changes)
+
+    monkeypatch.setattr(predicting, "build_inferer", small)
+    np.testing.assert_array_equal(predictor(jobs["spleen"]).segment(volume).volume.array, expected)
+    assert places[1]["sw_batch_size"] == 1
+    assert "put together on the CPU" in caplog.text
+
+
+def test_prediction_stops_between_two_tiles(jobs):
+    class Impatient(log.Listener):
+        steps = 0
+
+        def advanced(self, key, steps, note):
+            self.steps += steps
+
+        def cancelled(self):
+            return self.steps >= 2
+
+    swin, volume = predictor(jobs["spleen"]), read(jobs["spleen"])
+    listener = Impatient()
+    with log.listening(listener), pytest.raises(Cancelled):
+        swin.segment(volume)
+    assert listener.steps == 2
+
+
+def test_the_progress_knows_how_many_tiles_there_are(jobs):
+    class Counting(log.Listener):
+        total, done = 0, 0
+
+        def started(self, key, label, total):
+            self.total += total or 0
+
+        def advanced(self, key, steps, note):
+            self.done += steps
+
+    for name in ("spleen", "brats", "whole_body", "short_axis"):
+        listener = Counting()
+        with log.listening(listener):
+            predictor(jobs[name]).segment(read(jobs[name]))
+        assert listener.done == listener.total > 0, name
+
+
+def test_an_image_with_other_channels_is_refused(jobs):
+    with pytest.raises(DataError, match=r"1 channels, .* expects 4 \(T1c, T1, T2, FLAIR\)"):
+        predictor(jobs["brats"]).segment(read(jobs["spleen"]))
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(jobs):
+    kilometre = Volume(np.zeros((4, 4, 4), np.float32), Geometry((4, 4, 4), np.diag([1e4, 1e4, 1e4, 1])))
+    with pytest.raises(DataError, match=r"voxels\. Crop it"):
+        predictor(jobs["spleen"]).segment(kilometre)
+
+
+@pytest.mark.parametrize(("options", "word"), [({"folds": ("0",)}, "fold"), ({"mirror": True}, "mirrored")])
+def test_options_that_a_bundle_has_not_are_refused(options, word, jobs):
+    with pytest.raises(ConfigError, match=word):
+        predictor(jobs["spleen"], **options)
+
+
+def test_a_step_is_ignored_with_one_line(jobs, caplog):
+    predictor(jobs["spleen"], step=0.7, mirror=False)
+    assert "--step is ignored" in caplog.text
+
+
+def test_a_first_stage_is_refused(jobs):
+    volume = read(jobs["spleen"])
+    with pytest.raises(ConfigError, match="no first stage"):
+        predictor(jobs["spleen"]).segment(volume, previous=volume)
+
+
+def test_weights_of_another_network_are_refused(jobs):
+    model = load_monai_bundle(jobs["spleen"]["root"])
+    changed = replace(model.network, arguments={**model.network.arguments, "channels": [4, 8, 32]})
+    with pytest.raises(BundleError, match="weights do not fit the UNet"):
+        MonaiPredictor(replace(model, network=changed), Options(threads=1)).segment(read(jobs["spleen"]))
+
+
+def test_weights_that_give_no_numbers_are_refused(jobs):
+    model = load_monai_bundle(jobs["spleen"]["root"])
+    damaged = {
+        name: torch.full_like(value, torch.nan) if value.is_floating_point() else value
+        for name, value in model.weights().items()
+    }
+    broken = replace(model, weights=lambda: damaged)
+    with pytest.raises(BundleError, match="not finite"):
+        MonaiPredictor(broken, Options(threads=1)).segment(read(jobs["spleen"]))
+
+
+def test_an_image_of_a_size_that_the_network_cannot_take_is_one_sentence(jobs):
+    whole = load_monai_bundle(jobs["spleen"]["root"])
+    simple = replace(whole, preprocessing=(), inferer=Call("SimpleInferer", {}))
+    with pytest.raises(BundleError, match="cannot take an image of"):
+        MonaiPredictor(simple, Options(threads=1)).segment(noise(Geometry((13, 11, 9), np.eye(4))))
+
+
+def test_provenance_names_the_bundle_and_its_versions(jobs):
+    found = predictor(jobs["spleen"]).provenance()
+    assert json.loads(json.dumps(found)) == found
+    assert found["models"][0]["sha256"] == load_monai_bundle(jobs["spleen"]["root"]).digest
+    assert found["models"][0]["network"] == "UNet"
+    assert {"monai", "torch", "medseg", "device"} <= set(found)
