@@ -111,13 +111,16 @@ def report(bench: "Bench", options: argparse.Namespace) -> tuple[list[Row], dict
     """Measure everything; return the rows and the numbers behind them."""
     full, half = (SMALL, SMALL) if options.quick else (FULL, HALF)
     few = bench.predict(full, FEW, ["nnunet", "medseg"])
-    rows, evidence = [prediction_row(full, FEW, few)], {"5_classes": few}
-    constant = bench.predict(full, FEW, ["medseg"], kind="constant", rounds=1)
-    evidence["5_classes_constant"] = constant
     many_half = bench.predict(half, MANY, ["nnunet", "medseg"], rounds=1)
-    many = many_half if options.quick else bench.predict(full, MANY, ["medseg"])
-    constant = bench.predict(full, MANY, ["medseg"], kind="constant", rounds=1)
-    evidence |= {"100_classes_half_size": many_half, "100_classes": many, "100_classes_constant": constant}
+    many = many_half if options.quick else bench.predict(full, MANY, ["medseg"], rounds=1)
+    evidence = {
+        "5_classes": few,
+        "5_classes_constant": bench.predict(full, FEW, ["medseg"], "constant", rounds=1),
+        "100_classes": many,
+        "100_classes_half_size": many_half,
+        "100_classes_half_size_constant": bench.predict(half, MANY, ["medseg"], "constant", rounds=1),
+    }
+    rows = [prediction_row(full, FEW, few)]
     if bench.peers:
         evidence["100_classes_extrapolated"] = extrapolate(few["nnunet"], many_half["nnunet"], full, half)
     rows.append(prediction_row(full, MANY, many, evidence.get("100_classes_extrapolated")))
