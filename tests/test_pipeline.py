@@ -28,6 +28,7 @@ from medseg.errors import (
     ReadError,
     ResourceError,
 )
+from medseg.exchange import EXPORTERS
 from medseg.infer import Options, Predictor
 from medseg.io import read, write
 from medseg.log import Listener, listening
@@ -697,3 +698,33 @@ def test_durations_are_short_words():
     assert [_duration(seconds) for seconds in (0.04, 99.2, 100, 3600, 5025)] == [
         "0.0 s", "99.2 s", "1:40 min", "1:00:00", "1:23:45"
     ]  # fmt: skip
+
+
+def test_a_model_of_nnunet_gives_the_labels_of_the_bundle_it_came_from(bundle, images, tmp_path):
+    EXPORTERS["nnunet"](load_bundle(bundle), tmp_path / "nnunet", None)
+    mine = ("--no-mirror", "--precision", "fp32", "--threads", 1)
+    for name, model, options in (("a", bundle, ()), ("b", tmp_path / "nnunet", ("--checkpoint", "final"))):
+        answer = run("predict", images, "-m", model, "-o", tmp_path / name, *options, *mine)
+        assert answer.exit_code == 0, answer.output
+    for case in ("ann", "ben", "cid"):
+        ours, theirs = (read(tmp_path / name / f"{case}.nii.gz").array for name in "ab")
+        assert (ours == theirs).all()
+    listed = run("predict", images, "-m", tmp_path / "nnunet", "-o", tmp_path / "c", "--dry-run")
+    assert listed.stdout.count("planned") == 3
+    best = run("predict", images, "-m", tmp_path / "nnunet", "-o", tmp_path / "c", "--checkpoint", "best")
+    assert isinstance(best.exception, BundleError) and not (tmp_path / "c").exists()
+
+
+def test_options_of_the_command_reach_the_predictor(bundle, images, tmp_path, monkeypatch):
+    seen = {}
+
+    def record(*arguments, **named):
+        seen.update(named, options=arguments[5])
+        return []
+
+    monkeypatch.setattr(pipeline, "predict_folder", record)
+    words = ("--skip-air", "--step", 0.7, "--fold", 1, "--fold", 3, "--threads", 2, "--previous", "p")
+    result = run("predict", images, "-m", bundle, "-o", tmp_path / "out", *words, "--previous-labels", "l")
+    assert result.exit_code == 0, result.output
+    assert seen["options"] == Options(step=0.7, skip_air=True, folds=("1", "3"), threads=2)
+    assert (str(seen["previous"]), str(seen["previous_labels"]), seen["checkpoint"]) == ("p", "l", None)

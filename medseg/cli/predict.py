@@ -65,6 +65,15 @@ def predict(
         float,
         typer.Option(metavar="PART", rich_help_panel=MODEL, help="Distance of tiles as a part of the patch."),
     ] = 0.5,
+    skip_air: Annotated[
+        bool,
+        typer.Option(
+            "--skip-air",
+            metavar=FLAG,
+            rich_help_panel=MODEL,
+            help="Take tiles of nothing but air for background: faster; wrong where a model marks air.",
+        ),
+    ] = False,
     fold: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", rich_help_panel=MODEL, help="Only this fold; may be repeated."),
@@ -131,6 +140,7 @@ def predict(
         device=device,
         step=step,
         folds=tuple(fold) if fold else None,
+        skip_air=skip_air,
         **{name: value for name, value in given.items() if value is not None},
     )
     began = time.monotonic()
