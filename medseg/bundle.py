@@ -80,6 +80,7 @@ class Bundle:
     weights : by fold, a function that loads the state dict (nothing is read before it is called)
     mirror_axes : patch axes that may be flipped
     card : what is known about the training; ``precision`` and ``mirroring`` are the defaults at prediction
+        (``mirroring: all`` flips along left-right even if labels have sides, as the model was trained)
     postprocessing : plain data for `medseg.postprocess`
     previous : first stage of a cascade
     path, digest : where it came from, and the SHA-256 of its manifest, which covers all its files
@@ -109,6 +110,11 @@ class Bundle:
     def labels(self) -> LabelSet:
         """Meaning of the outputs."""
         return self.plan.labels
+
+    @property
+    def keeps_sides(self) -> bool:
+        """Whether a case must not be flipped along its left-right axis, because labels say left or right."""
+        return bool(self.labels.sided) and self.card.get("mirroring") != "all"
 
     @property
     def in_channels(self) -> int:

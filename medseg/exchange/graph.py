@@ -209,5 +209,5 @@ def _tiles(bundle: Bundle) -> dict[str, Any]:
         "weights": "Gaussian about patch // 2, sigma = patch / 8",
         "mirror_axes": list(bundle.mirror_axes) if bundle.card.get("mirroring", True) else [],
         # Labels with left or right in their name: do not flip the axis that runs left-right in the image.
-        "sided_labels": list(bundle.labels.sided),
+        "sided_labels": list(bundle.labels.sided) if bundle.keeps_sides else [],
     }

@@ -156,7 +156,7 @@ def inference(bundle: Bundle, folds: int = 1) -> dict[str, Any]:
             "sw_batch_size": max(1, BATCH_VOXELS // prod(settings.patch_size)),
             "overlap": 0.5,
             "mirror_axes": list(bundle.mirror_axes) if bundle.card.get("mirroring", True) else [],
-            "sided": bool(labels.sided),
+            "sided": bundle.keeps_sides,
         },
         "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(bundle)},
         "evaluator": {

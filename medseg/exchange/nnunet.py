@@ -314,6 +314,7 @@ def _card(place: Place, first: "Checkpoint", chosen: Mapping[str, str]) -> dict[
         "trainer": first.trainer,
         "checkpoint": next(iter(chosen.values())),
         "precision": "fp32",
+        "mirroring": "all",  # nnU-Net flips whatever the checkpoint allows
     }
     if first.epochs is not None:
         card["epochs"] = first.epochs

@@ -288,7 +288,7 @@ class Model:
 
         The bundle knows how the training images lay; this case may lie otherwise.
         """
-        if not self.bundle.labels.sided:
+        if not self.bundle.keeps_sides:
             return self.mirror_axes
         left_right = record.left_right_axis - (3 - self.bundle.settings.dimensions)
         return tuple(axis for axis in self.mirror_axes if axis != left_right)

@@ -18,7 +18,7 @@ STATS = {
 }
 DATASET = {
     "channel_names": {"0": "T1"},
-    "labels": {"background": 0, "organ": 1, "lesion": 2},
+    "labels": {"background": 0, "left organ": 1, "lesion": 2},  # nnU-Net flips sides as well
     "numTraining": 2,
     "file_ending": ".nii.gz",
 }

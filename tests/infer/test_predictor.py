@@ -61,7 +61,7 @@ def test_mirroring_follows_the_card_unless_asked_for():
 
 @pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
 @pytest.mark.parametrize(("codes", "left_right"), [("RAS", 2), ("LPS", 2), ("SRA", 1), ("ASR", 0)])
-def test_sided_labels_are_never_mirrored_left_right_however_a_case_lies(
+def test_sided_labels_are_not_mirrored_left_right_however_a_case_lies_unless_trained_so(
     monkeypatch, configuration, codes, left_right
 ):
     patch = (8, 8, 8) if configuration == "3d_fullres" else (8, 8)
@@ -71,12 +71,13 @@ def test_sided_labels_are_never_mirrored_left_right_however_a_case_lies(
         Model, "window", lambda self, record=None: asked.append(original(self, record)) or asked[-1]
     )
     volume = image(affine=affine(codes))
-    for name in ("kidney_left", "kidney"):
-        bundle = tiny_bundle(configuration, patch=patch, labels=LabelSet.parse({"background": 0, name: 1}))
-        Predictor(bundle, **CPU).segment(volume)
+    as_trained = {"mirroring": "all"}  # nnU-Net's models were trained with all flips
+    for name, card in (("kidney_left", None), ("kidney", None), ("kidney_left", as_trained)):
+        labels = LabelSet.parse({"background": 0, name: 1})
+        Predictor(tiny_bundle(configuration, patch=patch, labels=labels, card=card), **CPU).segment(volume)
     everything = tuple(range(len(patch)))
     kept = tuple(axis for axis in everything if axis != left_right - (3 - len(patch)))
-    assert [window.mirror_axes for window in asked] == [kept, everything]
+    assert [window.mirror_axes for window in asked] == [kept, everything, everything]
 
 
 def test_models_with_different_plans_are_averaged_on_the_source_grid(tmp_path):
