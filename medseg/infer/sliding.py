@@ -17,7 +17,7 @@ from medseg import log
 from medseg.errors import BundleError, ResourceError
 from medseg.geometry.tiles import pad_to, tile_slices
 from medseg.infer.runtime import count_threads, in_order, torch_threads
-from medseg.infer.stream import Grid, Index, NotFiniteError, Sums
+from medseg.infer.stream import Grid, Index, NotFiniteError, Place, Sums
 from medseg.preprocess import Block
 from medseg.types import FloatArray, Shape
 
@@ -248,9 +248,11 @@ class _Pass:
                         self._add(group, self._means(group, outputs, task))
                 for number in range(group.first, group.first + len(group.tiles)):
                     for place in final.get(number, ()):
-                        with torch.inference_mode():
-                            block = self.sums.finish(place)
-                        yield block
+                        yield self._finish(place)  # held by the receiver alone
+
+    def _finish(self, place: Place) -> Block:
+        with torch.inference_mode():
+            return self.sums.finish(place)
 
     def _units(self) -> list[_Unit]:
         """Return every call of a network, in order; what gives the logits of an earlier one is left out."""

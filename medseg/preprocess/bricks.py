@@ -28,8 +28,9 @@ SLAB_BYTES = 16 << 20
 SLAB_COPIES = 6
 # float32 arrays of a brick that live at once for each map while probabilities are decided.
 MAP_COPIES = 3
-# Length of a brick along the second and the last axis, at most: long enough for vector instructions.
-BRICK_SIDES = (64, 128)
+# Sides of a brick along the second and the last axis, at most: nearly a cube, so that few classes meet in it,
+# and long enough for vector instructions.
+BRICK_SIDES = (32, 64)
 
 Region = tuple[slice, slice, slice]
 

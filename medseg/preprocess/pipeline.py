@@ -10,6 +10,7 @@ import numpy as np
 
 from medseg.errors import DataError, GeometryError, PlanError
 from medseg.geometry.crop import crop_to_nonzero
+from medseg.geometry.orient import reads_as_ras, to_ras
 from medseg.geometry.resample import resample, resample_labels, separate_axis, target_shape
 from medseg.plan.schema import Configuration, Plan
 from medseg.preprocess.normalize import normalize
@@ -61,6 +62,9 @@ def preprocess(image: Volume, plan: Plan, configuration: str, label: Volume | No
     """
     settings = plan.configuration(configuration)
     _check(image, plan, label)
+    if reads_as_ras(plan.reader):
+        label = None if label is None else to_ras(Volume(label.array, image.geometry))
+        image = to_ras(image)
     # A copy whose memory runs as (c, k, j, i): float32 sums then round as nnU-Net's do.
     reader_order = np.array(image.array.transpose(0, 3, 2, 1), dtype=np.float32, order="C")
     data = reader_order.transpose(0, *(axis + 1 for axis in plan.transpose_forward))
@@ -101,16 +105,25 @@ def preprocess_labels(
     GeometryError
         The label map is not on the case's grid.
     """
+    label = _as_recorded(label, record)
     if label.shape != record.geometry.shape:
         raise GeometryError(
             f"label map {label.shape}: expected the grid {record.geometry.shape} of its case."
         )
     seg = record.to_network(label.array)[record.inner].astype(np.int16)
     if image is not None:
-        inside = crop_to_nonzero(record.to_network(image.array))[1]
+        inside = crop_to_nonzero(record.to_network(_as_recorded(image, record).array))[1]
         seg[0][(seg[0] == 0) & ~inside] = OUTSIDE
     separate = separate_axis(record.spacing, record.new_spacing)
     return np.ascontiguousarray(resample_labels(seg, record.shape, configuration.order_seg, separate))
+
+
+def _as_recorded(volume: Volume, record: Record) -> Volume:
+    """Turn a volume to RAS if that is how its case was read."""
+    if volume.geometry.matches(record.geometry):
+        return volume
+    turned = to_ras(volume)
+    return turned if turned.geometry.matches(record.geometry) else volume
 
 
 def _check(image: Volume, plan: Plan, label: Volume | None) -> None:

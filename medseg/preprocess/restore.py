@@ -8,14 +8,12 @@ the logits themselves may come in blocks that are gone once they are used.
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from medseg.errors import LabelError
-from medseg.files import atomic_path
+from medseg.files import atomic_path, scratch_folder
 from medseg.geometry.resample import resample_rows, separate_axis
 from medseg.labels import LabelSet
 from medseg.log import check_cancelled
@@ -129,10 +127,8 @@ def probability_parts(
     """
     way = Way.back(record, configuration)
     for block in _blocks(logits, way, labels):
-        maps = range(len(block.values))
-        for brick in way.bricks(block, maps=len(maps)):
-            values = np.stack([brick.sample(number).numpy() for number in maps])
-            yield brick.region, _sigmoid(values) if labels.has_regions else _softmax(values)
+        yield from _block_probabilities(block, way, labels)
+        del block  # so that its memory is free while the next one comes about
 
 
 def restore_probabilities(
@@ -175,8 +171,8 @@ def decide_probabilities(
         return Volume(result, record.geometry)
     path = Path(path)
     shape = (labels.n_outputs, *record.geometry.shape[::-1])
-    with atomic_path(path) as archive, TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        raw = Path(folder) / "probabilities.npy"
+    with atomic_path(path) as archive, scratch_folder(path) as folder:
+        raw = folder / "probabilities.npy"
         file = np.lib.format.open_memmap(raw, mode="w+", dtype=np.float32, shape=shape)
         if not labels.has_regions:
             file[0] = 1.0
@@ -212,10 +208,21 @@ def _empty_source(record: Record, labels: LabelSet) -> tuple[IntArray, IntArray]
 def _decide(blocks: Iterable[Block], way: Way, labels: LabelSet, target: IntArray) -> None:
     """Write the labels of all bricks into `target`."""
     for block in blocks:
-        margin = 0.0 if block.values.dtype == torch.float16 else CLEAR
-        for brick in way.bricks(block):
-            decided = _paint(brick, labels) if labels.has_regions else _elect(brick, margin)
-            target[brick.region] = decided
+        _decide_block(block, way, labels, target)
+        del block  # so that its memory is free while the next one comes about
+
+
+def _decide_block(block: Block, way: Way, labels: LabelSet, target: IntArray) -> None:
+    margin = 0.0 if block.values.dtype == torch.float16 else CLEAR
+    for brick in way.bricks(block):
+        target[brick.region] = _paint(brick, labels) if labels.has_regions else _elect(brick, margin)
+
+
+def _block_probabilities(block: Block, way: Way, labels: LabelSet) -> Iterator[Part]:
+    maps = range(len(block.values))
+    for brick in way.bricks(block, maps=len(maps)):
+        values = np.stack([brick.sample(number).numpy() for number in maps])
+        yield brick.region, _sigmoid(values) if labels.has_regions else _softmax(values)
 
 
 def _elect(brick: Brick, margin: float) -> Array | int:
@@ -229,37 +236,30 @@ def _elect(brick: Brick, margin: float) -> Array | int:
     able = np.flatnonzero(brick.high >= bar - margin * np.maximum(np.abs(brick.high), abs(bar)))
     if len(able) == 1:
         return int(able[0])
-    best = brick.sample(int(able[0]))
-    winner = torch.full_like(best, int(able[0]), dtype=_kind(int(able[-1])))
+    best: FloatArray = brick.sample(int(able[0])).numpy()
+    winner: IntArray = np.full(best.shape, able[0], dtype=np.uint8 if able[-1] < 256 else np.uint16)
     for number in able[1:]:
-        score = brick.sample(int(number))
+        score = brick.sample(int(number)).numpy()
         # Numbers ascend: where this one is better, it is also larger than the winner so far.
-        torch.maximum(winner, torch.gt(score, best).to(winner.dtype).mul_(int(number)), out=winner)
-        torch.maximum(best, score, out=best)
-    array: Array = winner.numpy()
-    return array
+        np.maximum(winner, (score > best).astype(winner.dtype) * winner.dtype.type(number), out=winner)
+        np.maximum(best, score, out=best)
+    return winner
 
 
 def _paint(brick: Brick, labels: LabelSet) -> Array | int:
     """Return the label of the last region whose sigmoid is above one half; sure regions are not resampled."""
-    order = labels.regions_class_order or ()
-    painted: Tensor | int = 0
-    for number, value in enumerate(order):
+    painted: IntArray | int = 0
+    for number, value in enumerate(labels.regions_class_order or ()):
         if brick.high[number] <= 0.0:
             continue
         if brick.low[number] > 8 * SIGMOID_HALF:
             painted = value
             continue
-        inside = brick.sample(number) > SIGMOID_HALF
+        inside = brick.sample(number).numpy() > SIGMOID_HALF
         if isinstance(painted, int):
-            painted = torch.full_like(inside, painted, dtype=_kind(max(order)))
-        part = inside.to(painted.dtype)
-        painted = painted.mul_(1 - part).add_(part.mul_(value))
-    return painted if isinstance(painted, int) else painted.numpy()
-
-
-def _kind(largest: int) -> torch.dtype:
-    return torch.uint8 if largest < 256 else torch.int32
+            painted = np.full(inside.shape, painted, dtype=labels.dtype)
+        painted[inside] = value
+    return painted
 
 
 def _decide_values(values: FloatArray, labels: LabelSet) -> IntArray:

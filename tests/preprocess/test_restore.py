@@ -13,6 +13,7 @@ from medseg.errors import DataError, GeometryError, LabelError, PlanError
 from medseg.labels import LabelSet
 from medseg.preprocess import (
     Record,
+    bricks,
     labels_at_shape,
     preprocess,
     preprocess_labels,
@@ -21,7 +22,6 @@ from medseg.preprocess import (
     restore_labels,
     restore_probabilities,
 )
-from medseg.preprocess import bricks
 from medseg.preprocess.bricks import round_to_half
 from medseg.volume import Volume
 from tests.preprocess.cases import CLASSES, TRANSPOSES, make_case, make_plan
