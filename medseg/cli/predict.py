@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medseg.cli.signals import mortal
+
 if TYPE_CHECKING:
     from medseg.pipeline import CaseResult
 
@@ -165,7 +167,8 @@ def _quick_imports() -> Iterator[None]:
     """Keep the collector of cycles out of imports: it finds nothing and takes a tenth of their time."""
     gc.disable()
     try:
-        yield
+        with mortal():
+            yield
     finally:
         gc.freeze()
         gc.enable()

@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
-from threading import Timer
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -14,6 +16,7 @@ from medseg.files import discard_unfinished
 GRACE_SECONDS = 1.6
 # These finish the step and save the state, however long that takes.
 PATIENT = ("train", "demo")
+HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 class Signals:
@@ -31,7 +34,7 @@ class Signals:
 
     def watch(self) -> None:
         """Take over SIGINT and SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in HANDLED:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
@@ -46,13 +49,30 @@ class Signals:
             _say("\nStopping after this step. Press Ctrl-C again to stop at once.\n")
             return
         _say("\nStopping.\n")
-        timer = Timer(GRACE_SECONDS, self.leave)
+        timer = threading.Timer(GRACE_SECONDS, self.leave)
         timer.daemon = True
         timer.start()
 
     def leave(self) -> NoReturn:
         """End the process without waiting for its threads."""
         leave(self.exit_code)
+
+
+@contextmanager
+def mortal() -> Iterator[None]:
+    """Let a signal end the process as it ends any: while libraries load, Python answers none for seconds.
+
+    For where nothing has been written yet.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in HANDLED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def leave(code: int) -> NoReturn:
