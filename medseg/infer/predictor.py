@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import medseg
 from medseg.bundle import Bundle
 from medseg.errors import BundleError, ConfigError
+from medseg.geometry.orient import from_ras, reads_as_ras
 from medseg.infer.ensemble import Output, combine
 from medseg.infer.runtime import Runtime, choose_runtime, count_threads
 from medseg.infer.sliding import Window, in_half_or_single
@@ -146,6 +147,8 @@ class Predictor:
         """Like :meth:`segment`, with the result of :meth:`prepare`."""
         path = None if probabilities is None else Path(probabilities)
         result = self._finish(self._restore(volume, prepared, path, previous))
+        if result.geometry != volume.geometry:  # the reader of nnU-Net's plan turns images to RAS
+            result = from_ras(result, volume.geometry)
         return Segmentation(result, self.labels, self.provenance(), path)
 
     def _restore(
@@ -213,7 +216,8 @@ class Model:
         """Equal for models that want the same preprocessing."""
         plan, settings = self.bundle.plan, self.bundle.settings
         parts = (settings.spacing, settings.normalization, settings.use_mask_for_norm, settings.order_data)
-        return repr((parts, plan.transpose_forward, plan.intensity, settings.order_z))
+        turned = reads_as_ras(plan.reader)
+        return repr((parts, plan.transpose_forward, plan.intensity, settings.order_z, turned))
 
     def window(self, record: Record | None = None) -> Window:
         """Return how the networks go over a case; without a record every axis of the bundle is flipped."""
@@ -328,6 +332,8 @@ def _check(bundles: Sequence[Bundle]) -> None:
             )
         if len(other.plan.channels) != len(first.plan.channels):
             raise BundleError(f"{other}: takes other channels than {first}. Average models of one dataset.")
+        if reads_as_ras(other.plan.reader) != reads_as_ras(first.plan.reader):
+            raise BundleError(f"{other}: turns images to RAS, or {first} does, and the other does not.")
 
 
 def _check_model(model: Model) -> None:

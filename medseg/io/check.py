@@ -456,8 +456,8 @@ def _tell_reader(layout: Layout, facts: Sequence[Facts]) -> _Told:
         yield (
             "info",
             "reorient",
-            f"dataset.json asks for nnU-Net's {layout.reader}, medseg reads voxels as they are stored",
-            "Reorient the files to RAS if a plan is to equal nnU-Net's.",
+            f"dataset.json asks for nnU-Net's {layout.reader}: images are turned to RAS before all else",
+            "Nothing to do: results lie as their images do.",
         )
 
 

@@ -97,9 +97,12 @@ class _Look:
 
 def _look_at(case: "Case", reader: str, n_channels: int) -> _Look:
     from medseg.geometry.crop import bounding_box, box_slices
+    from medseg.geometry.orient import reads_as_ras, to_ras
     from medseg.io import read_image, read_label
 
     image, label = read_image(case), read_label(case)
+    if reads_as_ras(reader):
+        image, label = to_ras(image), to_ras(label)
     if image.channels != n_channels:
         raise DatasetError(
             f"{case.name}: {image.channels} channels, the dataset has {n_channels}. Mend its image files."

@@ -9,11 +9,11 @@ from typing import cast
 import numpy as np
 
 from medseg.errors import DataError, GeometryError, PlanError
-from medseg.geometry.crop import crop_to_nonzero
+from medseg.geometry.crop import crop_to_nonzero, nonzero_box
 from medseg.geometry.orient import reads_as_ras, to_ras
 from medseg.geometry.resample import resample, resample_labels, separate_axis, target_shape
 from medseg.plan.schema import Configuration, Plan
-from medseg.preprocess.normalize import normalize
+from medseg.preprocess.normalize import normalize, uses_mask
 from medseg.preprocess.record import Record, Triple, network_axes
 from medseg.types import BoolArray, FloatArray, IntArray
 from medseg.volume import Volume
@@ -65,21 +65,37 @@ def preprocess(image: Volume, plan: Plan, configuration: str, label: Volume | No
     if reads_as_ras(plan.reader):
         label = None if label is None else to_ras(Volume(label.array, image.geometry))
         image = to_ras(image)
-    # A copy whose memory runs as (c, k, j, i): float32 sums then round as nnU-Net's do.
-    reader_order = np.array(image.array.transpose(0, 3, 2, 1), dtype=np.float32, order="C")
-    data = reader_order.transpose(0, *(axis + 1 for axis in plan.transpose_forward))
-    box, inside = crop_to_nonzero(data)
-    record = _record(image, plan, settings, box)
-    data = data[record.inner]
-    # nnU-Net's mask is "label >= 0": a labelled voxel counts even where the image is zero.
-    seg = None if label is None else _cropped_labels(label, record, inside)
-    counts = inside if seg is None else seg[0] != OUTSIDE
-    normalize(data, counts, settings, plan.intensity)
+    source = image.array.transpose(network_axes(plan.transpose_forward))
+    record = _record(image, plan, settings, nonzero_box(source))
+    seg, counts = None, None
+    # Filling the holes of a large mask takes more time and memory than the rest: only where it is used.
+    if label is not None or any(uses_mask(settings, number) for number in range(len(source))):
+        counts = crop_to_nonzero(source)[1]
+    if label is not None and counts is not None:
+        seg = _cropped_labels(label, record, counts)
+        counts = (
+            seg[0] != OUTSIDE
+        )  # nnU-Net's mask is "label >= 0": a labelled voxel counts though it be zero
     separate = separate_axis(record.spacing, record.new_spacing)
-    data = resample(data, record.shape, settings.order_data, separate, settings.order_z)
+    channels = []
+    for number in range(len(source)):  # one at a time is held as float32 on the source grid
+        data = _reader_float(image, number, record)
+        normalize(data[0], number, counts, settings, plan.intensity)
+        channels.append(resample(data, record.shape, settings.order_data, separate, settings.order_z))
     if seg is not None:
         seg = np.ascontiguousarray(resample_labels(seg, record.shape, settings.order_seg, separate))
+    data = channels[0] if len(channels) == 1 else np.concatenate(channels)
     return Preprocessed(np.ascontiguousarray(data), seg, record)
+
+
+def _reader_float(image: Volume, number: int, record: Record) -> FloatArray:
+    """Return the kept part of one channel in network order, (1, a0, a1, a2) float32, a copy.
+
+    Its memory runs as the reader's (k, j, i) of the whole image: float32 sums then round as nnU-Net's do.
+    """
+    reader_order = np.array(image.array[number].transpose(2, 1, 0), dtype=np.float32, order="C")
+    data: FloatArray = reader_order.transpose(record.transpose)[None][record.inner]
+    return data
 
 
 def preprocess_labels(
@@ -132,7 +148,8 @@ def _check(image: Volume, plan: Plan, label: Volume | None) -> None:
             f"image has {image.channels} channels, the plan of {plan.dataset_name} expects "
             f"{len(plan.channels)} ({', '.join(plan.channels)}). Give one file for each, in this order."
         )
-    odd = sum(int(channel.size - np.isfinite(channel).sum()) for channel in image.array)
+    whole = image.array.dtype.kind in "uib"
+    odd = 0 if whole else sum(int(each.size - np.isfinite(each).sum()) for each in image.array)
     if odd:
         raise DataError(f"image holds {odd} NaN or infinite voxels. Repair or re-export the image.")
     if label is not None and label.shape != image.shape:

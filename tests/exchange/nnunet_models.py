@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import torch
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from medseg.exchange.nnunet import with_aliases
 from medseg.nets import build_network
@@ -186,16 +187,27 @@ def phantom_case(seed, shape=(44, 52, 36), spacing=(1.1, 0.9, 1.3)):
     return image, labels, affine
 
 
-def write_cases(folder, seeds, **geometry):
-    """Write images and labels of phantom cases; return both folders."""
+def write_cases(folder, seeds, codes=None, **geometry):
+    """Write images and labels of phantom cases, turned to `codes`; return both folders."""
     images, labels = folder / "images", folder / "labels"
     for place in (images, labels):
         place.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         image, label, affine = phantom_case(seed, **geometry)
-        nibabel.save(nibabel.Nifti1Image(image, affine), images / f"case_{seed}_0000.nii.gz")
-        nibabel.save(nibabel.Nifti1Image(label, affine), labels / f"case_{seed}.nii.gz")
+        for array, file in (
+            (image, images / f"case_{seed}_0000.nii.gz"),
+            (label, labels / f"case_{seed}.nii.gz"),
+        ):
+            nibabel.save(turned(nibabel.Nifti1Image(array, affine), codes), file)
     return images, labels
+
+
+def turned(image, codes):
+    """Return an image whose axes are swapped and flipped so that they run to `codes`."""
+    if codes is None:
+        return image
+    start, end = io_orientation(image.affine), axcodes2ornt(codes)
+    return image.as_reoriented(ornt_transform(start, end))
 
 
 def disturb(folder, out, seed=0):

@@ -34,9 +34,15 @@ DICE = 0.999
 PROBABILITY = 5e-3
 
 PREFIX = "nnUNetTrainer__nnUNetPlans__"
-# name: plans, dataset.json, folds, geometry of the images
+# name: plans, dataset.json, folds, geometry of the images, codes of the axes of the unseen image
 VARIANTS = {
-    "masked normalisation, two folds": (plans(masked=True), DATASET, (0, 1), {}),
+    "masked normalisation, two folds, turned to RAS": (
+        plans(masked=True) | {"image_reader_writer": "NibabelIOWithReorient"},
+        DATASET,
+        (0, 1),
+        {},
+        "PIL",
+    ),
     "regions, coarse slices, old plans, fold_all": (
         as_old_format(
             plans(
@@ -50,6 +56,7 @@ VARIANTS = {
         REGIONS,
         ("all",),
         {"shape": (44, 18, 48), "spacing": (1.1, 4.0, 0.9)},
+        None,
     ),
 }
 
@@ -65,10 +72,10 @@ def run_peer(python, folder, jobs):
 @pytest.fixture(scope="module", params=VARIANTS)
 def cascade(request, peer_python, tmp_path_factory):
     """Return a folder with both trained stages, images, and nnU-Net's predictions of both."""
-    content, dataset, folds, geometry = VARIANTS[request.param]
+    content, dataset, folds, geometry, codes = VARIANTS[request.param]
     root = tmp_path_factory.mktemp("cascade")
     images, labels = write_cases(root / "train", (1, 2), **geometry)
-    tests, truth = write_cases(root / "test", (3,), **geometry)
+    tests, truth = write_cases(root / "test", (3,), codes, **geometry)
     first = disturb(labels, root / "first_train")
     dirty = disturb(truth, root / "first_dirty", seed=1)
     low = write_descriptions(root / "models" / f"{PREFIX}{LOWRES}", content, dataset)

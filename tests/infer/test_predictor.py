@@ -1,16 +1,20 @@
 """Folds, ensembles, cascades, and what a predictor refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from medseg.errors import BundleError, ConfigError
+from medseg.geometry.orient import from_ras, to_ras
 from medseg.infer import Options, Predictor
 from medseg.infer.ensemble import Output, combine
 from medseg.infer.predictor import Model
 from medseg.labels import LabelSet
 from medseg.preprocess import preprocess, preprocess_labels, restore_labels, restore_probabilities
-from medseg.volume import Volume
+from medseg.volume import Geometry, Volume
 from tests.infer.models import LABELS, image, tiny_bundle
 from tests.phantoms import affine
 
@@ -78,6 +82,28 @@ def test_sided_labels_are_not_mirrored_left_right_however_a_case_lies_unless_tra
     everything = tuple(range(len(patch)))
     kept = tuple(axis for axis in everything if axis != left_right - (3 - len(patch)))
     assert [window.mirror_axes for window in asked] == [kept, everything, everything]
+
+
+@pytest.mark.parametrize("codes", ["LPS", "PIR"])
+def test_a_model_whose_reader_turns_images_to_ras_sees_the_same_image_however_it_lies(codes, tmp_path):
+    bundle = tiny_bundle("3d_cascade_fullres", previous=tiny_bundle())
+    plan = bundle.plan.replace(reader="NibabelIOWithReorient")
+    turning = replace(bundle, plan=plan, previous=replace(bundle.previous, plan=plan))
+    straight = image(affine=affine("RAS"))
+    expected = Predictor(bundle, mirror=False, **CPU).segment(straight).volume
+    lying = from_ras(straight, oblique_grid(straight, codes))
+    found = Predictor(turning, mirror=False, **CPU).segment(lying, tmp_path / "p.npz").volume
+    assert found.geometry == lying.geometry and len(np.unique(expected.array)) > 1
+    assert np.array_equal(to_ras(found).array, expected.array)
+    with pytest.raises(BundleError, match="turns images to RAS"):
+        Predictor([bundle, turning], **CPU)
+
+
+def oblique_grid(volume, codes):
+    """Return the grid of `volume` with its axes swapped and flipped so that they run to `codes`."""
+    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(codes))
+    shape = tuple(np.array(volume.shape)[np.argsort(turn[:, 0])])
+    return Geometry(shape, volume.geometry.affine @ inv_ornt_aff(turn, volume.shape))
 
 
 def test_models_with_different_plans_are_averaged_on_the_source_grid(tmp_path):

@@ -215,7 +215,7 @@ FAULTS = {
     "a reader that reorients": (
         lambda f: write_description(f, overwrite_image_reader_writer="NibabelIOWithReorient"),
         ("info", "", "reorient"),
-        "medseg reads voxels as they are stored",
+        "images are turned to RAS before all else",
     ),
     "no description of channels": (
         lambda f: write_description(f, channel_names=None),
