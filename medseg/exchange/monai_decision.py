@@ -45,6 +45,16 @@ class Decision:
     largest_before: tuple[tuple[int, ...], ...] = ()
     largest_after: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def of_logits(self) -> bool:
+        """Whether the largest output wins where it was computed: an activation changes nothing about it."""
+        return self.decide_first and self.threshold is None
+
+    @property
+    def probable(self) -> Literal["softmax", "sigmoid"] | None:
+        """What makes probabilities of the outputs, also where the bundle decides without."""
+        return self.activation or ("softmax" if self.threshold is None else None)
+
 
 @dataclass(frozen=True)
 class _Largest:

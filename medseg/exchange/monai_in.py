@@ -59,7 +59,14 @@ _READING = ("LoadImaged", "EnsureChannelFirstd", "AddChanneld", "AsChannelFirstd
 """What medseg has done when it has read a volume."""
 _TRANSFORMS = (
     *("EnsureTyped", "CastToTyped", "Orientationd", "Spacingd", "CropForegroundd", "SpatialPadd"),
-    *("DivisiblePadd", "ResizeWithPadOrCropd", "CenterSpatialCropd", "Resized", "ScaleIntensityRanged"),
+    *(
+        "DivisiblePadd",
+        "ResizeWithPadOrCropd",
+        "CenterScaleCropd",
+        "CenterSpatialCropd",
+        "Resized",
+        "ScaleIntensityRanged",
+    ),
     *(
         "NormalizeIntensityd",
         "ScaleIntensityd",

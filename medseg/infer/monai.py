@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import ceil, prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import medseg
 from medseg import log
 from medseg.errors import BundleError, ConfigError, DataError, MedsegError
 from medseg.exchange.monai_in import MonaiModel, build_inferer, build_network, build_transform
-from medseg.files import atomic_path
+from medseg.files import atomic_path, scratch_folder
 from medseg.infer.predictor import Options
 from medseg.infer.runtime import Runtime, choose_runtime, count_threads, torch_threads
 from medseg.labels import LabelSet
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from monai.data import MetaTensor
 
 # Classes on their way back at once, with the float64 copy that MONAI's resampling makes of them.
-CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = 1 << 30
 BYTES_PER_VALUE = 16
 # What preprocessing may make of an image: 16 GB of float32.
 MOST_VOXELS = 1 << 32
@@ -165,11 +164,16 @@ class MonaiPredictor:
         if previous is not None:
             raise ConfigError(f"{self.model}: a MONAI bundle has no first stage. Leave --previous out.")
         with torch.inference_mode(), torch_threads(self.threads):
-            outputs = self._activate(self._outputs(prepared), last=False)
+            outputs = self._outputs(prepared)
             way = _WayBack(prepared, volume, self.model)
+            decision, path = self.model.decision, None if probabilities is None else Path(probabilities)
+            early = not (decision.activate_last or decision.of_logits)
+            if early:
+                _activate(outputs, decision.activation)
             array = self._labels(outputs, way)
-            path = None if probabilities is None else Path(probabilities)
             if path is not None:
+                if not early or decision.activation is None:
+                    _activate(outputs, decision.probable)
                 self._write_probabilities(outputs, way, path)
         return Segmentation(volume.with_array(array), self.labels, self.provenance(), path)
 
@@ -251,13 +255,6 @@ class MonaiPredictor:
             self._network = network.eval().to(self.runtime.device)
         return self._network
 
-    def _activate(self, outputs: Tensor, last: bool) -> Tensor:
-        """Apply the bundle's activation if this is its place."""
-        decision = self.model.decision
-        if decision.activation is None or decision.activate_last != last:
-            return outputs
-        return outputs.softmax(dim=0) if decision.activation == "softmax" else outputs.sigmoid()
-
     # --- the way back
 
     def _labels(self, outputs: Tensor, way: "_WayBack") -> IntArray:
@@ -277,14 +274,17 @@ class MonaiPredictor:
 
     def _decide(self, chunks: Iterator[tuple[slice, Tensor]], shape: tuple[int, ...]) -> IntArray:
         """Decide on outputs that come a few at a time."""
-        if self.model.decision.threshold is None:
+        decision = self.model.decision
+        if decision.threshold is None:
             return self._decide_largest(chunks, shape)
         masks = {}
         for part, values in chunks:
-            hits = self._activate(values, last=True) >= self.model.decision.threshold
+            if decision.activate_last:
+                _activate(values, decision.activation)
+            hits = values >= decision.threshold
             masks.update({part.start + number: mask.numpy() for number, mask in enumerate(hits)})
         painted = np.zeros(tuple(shape), self.labels.dtype)
-        for output, label in self.model.decision.painting:
+        for output, label in decision.painting:
             painted[masks[output]] = label
         return painted
 
@@ -306,31 +306,21 @@ class MonaiPredictor:
         They are the activated outputs, interpolated to the source grid. Outputs of a sigmoid that are no
         regions get a background that is what the largest of them leaves.
         """
-        order = [output for output, _ in self.model.decision.painting] or list(range(len(outputs)))
+        order = [output for output, _ in self.model.decision.painting]
         shape = (self.labels.n_outputs, *way.shape[::-1])
-        maps = self._probable(outputs)[order]
-        with (
-            atomic_path(path) as archive,
-            TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
-        ):
-            raw = Path(folder) / "probabilities.npy"
+        maps = outputs[order] if self.model.decision.painting else outputs
+        with atomic_path(path) as archive, scratch_folder(path) as folder:
+            raw = folder / "probabilities.npy"
             file = np.lib.format.open_memmap(raw, mode="w+", dtype=np.float32, shape=shape)
             extra = shape[0] - len(maps)
             target = file.transpose(0, 3, 2, 1)
             for part, values in way.chunks(maps, nearest=False):
-                target[part.start + extra : part.stop + extra] = values.numpy()
+                target[part.start + extra : part.stop + extra] = values.clip(0, 1).numpy()
             if extra:
                 target[0] = 1 - target[1:].max(axis=0)
             file.flush()
             with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
                 packed.write(raw, raw.name)
-
-    def _probable(self, outputs: Tensor) -> Tensor:
-        """Return outputs that are probabilities whatever the bundle does with them."""
-        decision = self.model.decision
-        if decision.activation is None:
-            return outputs.softmax(dim=0) if decision.threshold is None else outputs.clip(0, 1)
-        return self._activate(outputs, last=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,6 +379,12 @@ def _to_metatensor(volume: Volume) -> "MetaTensor":
     tensor = volume.with_array(volume.array.astype(np.float32)).to_metatensor()
     tensor.affine[:3] *= MILLIMETRES[volume.geometry.unit]
     return tensor
+
+
+def _activate(outputs: Tensor, kind: str | None) -> None:
+    """Apply softmax or sigmoid in place, a row at a time: a second tensor of all classes may not fit."""
+    for row in outputs.unbind(dim=1) if kind else ():
+        row.copy_(row.softmax(dim=0) if kind == "softmax" else row.sigmoid())
 
 
 def _count_tiles(inferer: Any, image: Tensor) -> int | None:

@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from medseg import log
 from medseg.errors import BundleError, Cancelled, ConfigError, DataError
 from medseg.exchange.monai_in import Call, load_monai_bundle
-from medseg.infer import Options
+from medseg.infer import Options, Segmenter, make_predictor
 from medseg.infer import monai as predicting
 from medseg.infer.monai import MonaiPredictor
 from medseg.io.dataset import Case, read_image
@@ -291,3 +292,32 @@ def test_provenance_names_the_bundle_and_its_versions(jobs):
     assert found["models"][0]["sha256"] == load_monai_bundle(jobs["spleen"]["root"]).digest
     assert found["models"][0]["network"] == "UNet"
     assert {"monai", "torch", "medseg", "device"} <= set(found)
+
+
+def test_a_folder_is_predicted_and_resumed_like_with_any_model(jobs, tmp_path):
+    from medseg.pipeline import predict_folder
+
+    images, out = Path(jobs["spleen"]["data"][0]).parent, tmp_path / "out"
+    for status in ("done", "skipped"):
+        rows = predict_folder(images, jobs["spleen"]["root"], out, resume=True, threads=1, device="cpu")
+        assert [row.status for row in rows] == [status]
+    labels = nibabel.load(out / "case.nii.gz")
+    np.testing.assert_array_equal(np.asarray(labels.dataobj), zoo.result(jobs["spleen"]["out"]))
+    assert json.loads((out / "predictions.json").read_text())["labels"]["entries"]["spleen"] == 1
+
+
+def test_a_monai_predictor_is_what_the_pipeline_asks_for(jobs):
+    assert isinstance(make_predictor([load_monai_bundle(jobs["spleen"]["root"])]), Segmenter)
+
+
+def test_a_bundle_is_not_averaged_with_another(jobs):
+    models = [load_monai_bundle(jobs[name]["root"]) for name in ("spleen", "prostate")]
+    with pytest.raises(BundleError, match="not averaged"):
+        make_predictor(models)
+
+
+def test_a_bundle_without_activation_still_gives_probabilities(jobs, tmp_path):
+    volume = read(jobs["prostate"])  # its argmax is of logits
+    predictor(jobs["prostate"]).segment(volume, tmp_path / "p.npz")
+    maps = np.load(tmp_path / "p.npz")["probabilities"]
+    np.testing.assert_allclose(maps.sum(axis=0), 1, atol=1e-4)
