@@ -76,19 +76,27 @@ NORMALIZERS: dict[Normalization, Normalizer] = {
 
 
 def normalize(
-    data: FloatArray, inside: BoolArray, configuration: Configuration, intensity: dict[str, ChannelStats]
+    channel: FloatArray,
+    number: int,
+    inside: BoolArray | None,
+    configuration: Configuration,
+    intensity: dict[str, ChannelStats],
 ) -> None:
-    """Normalise every channel of a case in place, before resampling.
+    """Normalise one channel of a case in place, before resampling.
 
     Parameters
     ----------
-    data : (c, a0, a1, a2) float32, changed
+    channel : (a0, a1, a2) float32, changed
+    number : which of the case's channels it is
     inside : (a0, a1, a2)
-        Voxels that count where the configuration says ``use_mask_for_norm``; others keep their value.
+        Voxels that count where :func:`uses_mask` says so; others keep their value.
     configuration : schemes and mask flags, one a channel
     intensity : statistics by channel number ("0", "1", ...)
     """
-    schemes = zip(configuration.normalization, configuration.use_mask_for_norm, strict=True)
-    for number, (scheme, masked) in enumerate(schemes):
-        mask = inside if masked and scheme == "zscore" else None
-        NORMALIZERS[scheme](data[number], mask, intensity.get(str(number)))
+    mask = inside if uses_mask(configuration, number) else None
+    NORMALIZERS[configuration.normalization[number]](channel, mask, intensity.get(str(number)))
+
+
+def uses_mask(configuration: Configuration, number: int) -> bool:
+    """Return whether a channel is normalised by the voxels inside the mask only."""
+    return configuration.use_mask_for_norm[number] and configuration.normalization[number] == "zscore"
