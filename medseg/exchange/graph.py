@@ -5,6 +5,7 @@ colours) is inside. A z-score or a range is one of the whole image, which no til
 it is the caller's, before resampling; the description says which channel is which.
 """
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 import medseg
 from medseg.bundle import Bundle
-from medseg.errors import BundleError
+from medseg.errors import BundleError, OutputError
+from medseg.geometry.orient import reads_as_ras
 from medseg.log import check_cancelled
 
 INPUT, OUTPUT = "image", "logits"
@@ -20,7 +22,8 @@ INPUT, OUTPUT = "image", "logits"
 EPSILON = 1e-8
 # Schemes that are a fixed formula of a voxel.
 FIXED = ("ct", "rgb-0-1", "none")
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "medseg-graph", 1
+STEP_KINDS = ("keep_largest", "remove_small", "fill_holes")
 
 
 class Graph(nn.Module):
@@ -107,7 +110,7 @@ def describe(bundle: Bundle, folds: tuple[str, ...]) -> dict[str, Any]:
     """Return all that a program needs around the graph, as plain data."""
     plan, settings = bundle.plan, bundle.settings
     return {
-        "format": "medseg-graph",
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "medseg": medseg.__version__,
         "bundle_sha256": bundle.digest,
@@ -117,6 +120,7 @@ def describe(bundle: Bundle, folds: tuple[str, ...]) -> dict[str, Any]:
         "input": _input(bundle),
         "output": _output(bundle),
         "axes": {
+            "turn_to_ras": reads_as_ras(plan.reader),
             "reader_order": "k, j, i: the axes of the file, the last fastest",
             "transpose_forward": list(plan.transpose_forward),
             "transpose_backward": list(plan.transpose_backward),
@@ -130,12 +134,13 @@ def describe(bundle: Bundle, folds: tuple[str, ...]) -> dict[str, Any]:
             "slice_by_slice": "if the largest spacing is more than 3 times the smallest",
         },
         "tiles": _tiles(bundle),
-        "postprocessing": bundle.postprocessing,
+        "postprocessing": cleaning_steps(bundle),
         "steps": STEPS,
     }
 
 
 STEPS = [
+    "with turn_to_ras, flip and swap axes until i, j, k run to R, A, S",
     "transpose the axes (k, j, i) by transpose_forward",
     "crop to the box of voxels that are not zero in any channel",
     "normalise channels that are marked 'before'; clip CT channels to [low, high], so that resampling does "
@@ -146,8 +151,61 @@ STEPS = [
     "add tiles with Gaussian weights and divide by the sum of the weights",
     "resample the logits to the cropped grid by logits_order",
     "classes: the largest logit; regions: where a logit exceeds 0, painted in regions_class_order",
-    "undo the crop (0 outside) and the transposition; apply postprocessing",
+    "undo the crop (0 outside), the transposition and the turn; apply postprocessing",
 ]
+
+
+def output_names(bundle: Bundle) -> list[str]:
+    """Return the name of each output of the network."""
+    labels = bundle.labels
+    if labels.has_regions:
+        return list(labels.foreground)
+    names = {value: name for name, value in labels.foreground.items()}
+    return ["background", *(names[value] for value in labels.foreground_values)]
+
+
+def cleaning_steps(bundle: Bundle) -> list[dict[str, Any]]:
+    """Return the post-processing of this model alone, as plain data that was looked at.
+
+    Raises
+    ------
+    BundleError
+        A step is unknown.
+    """
+    wanted = bundle.postprocessing or {}
+    if wanted.get("ensemble"):  # chosen for several models together
+        return []
+    try:
+        return [_cleaning_step(**step) for step in wanted.get("steps", ())]
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{bundle}: its post-processing is unknown ({error}). Update medseg.") from error
+
+
+def _cleaning_step(kind: str, labels: list[int], min_mm3: float | None = None) -> dict[str, Any]:
+    if kind not in STEP_KINDS:
+        raise ValueError(f"{kind!r} is none of {', '.join(STEP_KINDS)}")
+    least = None if min_mm3 is None else float(min_mm3)
+    return {"kind": kind, "labels": [int(label) for label in labels], "min_mm3": least}
+
+
+def check_replaceable(out: Path, file: str, mark: str) -> None:
+    """Refuse a folder that holds something else than an older export, so that nothing of others is lost.
+
+    Parameters
+    ----------
+    out : the folder
+    file, mark : a file of every export, and what its text then holds
+
+    Raises
+    ------
+    OutputError
+        It holds something else, or is a file.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    found = out / file
+    if not found.is_file() or mark not in found.read_text(encoding="utf-8", errors="replace"):
+        raise OutputError(f"{out}: holds something else already. Choose another name, or remove it.")
 
 
 def _input(bundle: Bundle) -> dict[str, Any]:
@@ -173,12 +231,11 @@ def _input(bundle: Bundle) -> dict[str, Any]:
 
 def _output(bundle: Bundle) -> dict[str, Any]:
     labels = bundle.labels
-    names = {0: "background", **{v: n for n, v in labels.foreground.items() if isinstance(v, int)}}
     order = labels.regions_class_order
     return {
         "name": OUTPUT,
         "kind": "regions" if labels.has_regions else "classes",
-        "names": list(labels.foreground) if labels.has_regions else [names[n] for n in sorted(names)],
+        "names": output_names(bundle),
         "labels": labels.to_dict()["entries"],
         "regions_class_order": None if order is None else list(order),
         "activation": "sigmoid" if labels.has_regions else "softmax",

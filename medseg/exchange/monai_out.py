@@ -19,8 +19,10 @@ from typing import Any
 
 import medseg
 from medseg.bundle import Bundle
-from medseg.errors import BundleError, OutputError
+from medseg.errors import BundleError
+from medseg.exchange.graph import check_replaceable, cleaning_steps, output_names
 from medseg.files import atomic_folder
+from medseg.geometry.orient import reads_as_ras
 from medseg.log import check_cancelled
 from medseg.plan.schema import Configuration
 
@@ -29,7 +31,6 @@ SCHEMA = (
 )
 # As in medseg.infer: small tiles (slices) go through the network together.
 BATCH_VOXELS = 1 << 16
-STEP_KINDS = ("keep_largest", "remove_small", "fill_holes")
 
 LOGGING = """[loggers]
 keys=root
@@ -68,7 +69,7 @@ def export(bundle: Bundle, out: Path, fold: str | None = None) -> None:
     Parameters
     ----------
     bundle : what to export
-    out : folder, which must not exist or be empty
+    out : folder; an older export is replaced, anything else is left alone
     fold : of the bundle; None takes all, and the exported network returns the mean of their logits
 
     Raises
@@ -76,10 +77,10 @@ def export(bundle: Bundle, out: Path, fold: str | None = None) -> None:
     BundleError
         It is a cascade, there is no such fold, or its weights do not fit.
     OutputError
-        `out` holds something.
+        `out` holds something else.
     """
     check(bundle)
-    check_free(out)
+    check_replaceable(out, "configs/metadata.json", '"medseg"')
     folds = bundle.folds if fold is None else (fold,)
     with atomic_folder(out) as folder:
         for name in ("configs", "models", "docs"):
@@ -108,21 +109,9 @@ def check(bundle: Bundle) -> None:
         )
 
 
-def check_free(out: Path) -> None:
-    """Refuse a folder that holds something, so that no export removes the files of somebody.
-
-    Raises
-    ------
-    OutputError
-        It does, or it is a file.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out}: exists already; expected a new folder. Choose another name or remove it.")
-
-
 def inference(bundle: Bundle, folds: int = 1) -> dict[str, Any]:
     """Return the content of ``inference.json``."""
-    settings, labels = bundle.settings, bundle.labels
+    settings = bundle.settings
     path_first = {"_requires_": "@scripts"}
     return {
         "imports": ["$import os", "$import sys"],
@@ -188,6 +177,7 @@ def _preprocessing(bundle: Bundle) -> list[dict[str, Any]]:
             "channels": [channel_scheme(bundle, number) for number in range(len(bundle.plan.channels))],
             "order": settings.order_data,
             "order_z": settings.order_z,
+            "ras": reads_as_ras(bundle.plan.reader),
         },
     ]
 
@@ -254,29 +244,6 @@ def channel_scheme(bundle: Bundle, number: int) -> dict[str, Any]:
     return {"scheme": scheme, "low": low, "high": high, "mean": stats.mean, "std": stats.std}
 
 
-def cleaning_steps(bundle: Bundle) -> list[dict[str, Any]]:
-    """Return the post-processing of this model alone, as plain data.
-
-    Raises
-    ------
-    BundleError
-        A step is unknown.
-    """
-    wanted = bundle.postprocessing or {}
-    if wanted.get("ensemble"):
-        return []
-    steps = []
-    for step in wanted.get("steps", []):
-        if step["kind"] not in STEP_KINDS:
-            raise BundleError(f"{bundle}: post-processing {step['kind']!r} is unknown. Update medseg.")
-        least = step.get("min_mm3")
-        labels = [int(label) for label in step["labels"]]
-        steps.append(
-            {"kind": step["kind"], "labels": labels, "min_mm3": None if least is None else float(least)}
-        )
-    return steps
-
-
 def _network(bundle: Bundle, folds: int) -> dict[str, Any]:
     """Return the network as a component of a MONAI config."""
     one = _single_network(bundle)
@@ -329,7 +296,7 @@ def metadata(bundle: Bundle, folds: tuple[str, ...]) -> dict[str, Any]:
         "data_type": "nibabel",
         "image_classes": _plain(f"channels {', '.join(plan.channels)}"),
         "label_classes": _plain(f"label map of {targets}"),
-        "pred_classes": _plain(", ".join(_outputs(bundle).values())),
+        "pred_classes": _plain(", ".join(output_names(bundle))),
         "eval_metrics": {},
         "intended_use": "Research. Not a medical device; not for diagnosis or treatment.",
         "references": [
@@ -360,15 +327,6 @@ def _versions() -> dict[str, Any]:
     }
 
 
-def _outputs(bundle: Bundle) -> dict[int, str]:
-    """Return the name of each output of the network."""
-    labels = bundle.labels
-    if labels.has_regions:
-        return dict(enumerate(labels.foreground))
-    names = {value: name for name, value in labels.foreground.items()}
-    return {0: "background", **{value: names[value] for value in labels.foreground_values}}
-
-
 def _data_format(bundle: Bundle) -> dict[str, Any]:
     settings = bundle.settings
     is_ct = set(settings.normalization) == {"ct"}
@@ -388,7 +346,7 @@ def _data_format(bundle: Bundle) -> dict[str, Any]:
     pred = {
         "format": "segmentation",
         "num_channels": bundle.labels.n_outputs,
-        "channel_def": {str(n): _plain(name) for n, name in _outputs(bundle).items()},
+        "channel_def": {str(n): _plain(name) for n, name in enumerate(output_names(bundle))},
     }
     return {"inputs": {"image": {**common, **image}}, "outputs": {"pred": {**common, **pred}}}
 
@@ -436,7 +394,7 @@ def _state_dict(bundle: Bundle, fold: str) -> dict[str, Any]:
 
 def _readme(bundle: Bundle, folds: tuple[str, ...]) -> str:
     plan, settings = bundle.plan, bundle.settings
-    outputs = "\n".join(f"- {number}: {name}" for number, name in _outputs(bundle).items())
+    outputs = "\n".join(f"- {number}: {name}" for number, name in enumerate(output_names(bundle)))
     channels = "\n".join(f"- {number}: {name}" for number, name in enumerate(plan.channels))
     kind = "overlapping regions, sigmoid" if plan.labels.has_regions else "classes, softmax"
     mean = " (their logits are averaged)" if len(folds) > 1 else ""

@@ -11,15 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import medseg
 from medseg.bundle import Bundle
 from medseg.errors import BundleError, ConfigError, OutputError
+from medseg.exchange.graph import (
+    INPUT,
+    OUTPUT,
+    Graph,
+    build_graph,
+    describe,
+    example,
+    size_bytes,
+    takes_any_size,
+)
 from medseg.files import atomic_path
-
-if TYPE_CHECKING:
-    from medseg.exchange.graph import Graph
 
 OPSET = 18
 # What a protobuf message can hold, less room for the graph itself.
@@ -50,8 +57,6 @@ def export(bundle: Bundle, out: Path, fold: str | None = None) -> None:
     if out.suffix.lower() != ".onnx":
         raise OutputError(f"{out}: expected the name of a file that ends in .onnx. Give it another name.")
     _require("onnx", "onnxscript")
-    from medseg.exchange.graph import build_graph, describe, size_bytes
-
     folds = bundle.folds if fold is None else (fold,)
     graph = build_graph(bundle, folds)
     if size_bytes(graph) > MAX_WEIGHT_BYTES:
@@ -68,11 +73,9 @@ def export(bundle: Bundle, out: Path, fold: str | None = None) -> None:
         _check(temporary)
 
 
-def _convert(graph: "Graph", bundle: Bundle) -> Any:
+def _convert(graph: Graph, bundle: Bundle) -> Any:
     """Return torch's ONNXProgram of a graph."""
     import torch
-
-    from medseg.exchange.graph import INPUT, OUTPUT, example, takes_any_size
 
     sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     if takes_any_size(bundle):

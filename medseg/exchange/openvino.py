@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from medseg.bundle import Bundle
-from medseg.errors import ConfigError, OutputError
+from medseg.errors import ConfigError
+from medseg.exchange.graph import (
+    FORMAT,
+    INPUT,
+    OUTPUT,
+    build_graph,
+    check_replaceable,
+    describe,
+    example,
+    takes_any_size,
+)
 from medseg.files import atomic_folder
 
 METADATA_KEY = "medseg"
@@ -24,7 +34,7 @@ def export(bundle: Bundle, out: Path, fold: str | None = None) -> None:
     Parameters
     ----------
     bundle : what to export; of a cascade its own network, whose extra channels the description names
-    out : folder, which must not exist or be empty
+    out : folder; an older export is replaced, anything else is left alone
     fold : of the bundle; None takes all, and the graph returns the mean of their logits
 
     Raises
@@ -34,13 +44,10 @@ def export(bundle: Bundle, out: Path, fold: str | None = None) -> None:
     ConfigError
         The package openvino is not installed.
     OutputError
-        `out` holds something.
+        `out` holds something else.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out}: exists already; expected a new folder. Choose another name or remove it.")
+    check_replaceable(out, "model.json", f'"{FORMAT}"')
     openvino = import_openvino()
-    from medseg.exchange.graph import describe
-
     folds = bundle.folds if fold is None else (fold,)
     description = describe(bundle, folds)
     with atomic_folder(out) as folder:
@@ -54,8 +61,6 @@ def export(bundle: Bundle, out: Path, fold: str | None = None) -> None:
 def _convert(openvino: Any, bundle: Bundle, folds: tuple[str, ...]) -> Any:
     """Return the ``openvino.Model`` of some folds."""
     import torch
-
-    from medseg.exchange.graph import INPUT, OUTPUT, build_graph, example, takes_any_size
 
     graph = build_graph(bundle, folds)
     patch = bundle.settings.patch_size

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from medseg.exchange import load_model
 from medseg.geometry.tiles import pad_to
 from medseg.io import list_cases, read_image
 from medseg.nets import build_network
 from medseg.preprocess import preprocess
 from tests.infer.models import tiny_bundle
-from tests.infer.nnunet import load_golden
 
 # Plain 3D z-score, 2D CT, residual encoder.
 GOLDEN = ["a_hippocampus", "h_2d_aniso_ct", "i_resenc_hippocampus"]
@@ -19,7 +19,7 @@ GOLDEN = ["a_hippocampus", "h_2d_aniso_ct", "i_resenc_hippocampus"]
 def golden(golden_dir, model):
     """Return a golden bundle, a tile of its first image as the graph takes it, and the golden logits."""
     folder = golden_dir / "inference" / model
-    bundle = load_golden(folder / "model")
+    bundle = load_model(folder / "model")
     case = list_cases(folder / "imagesTs", len(bundle.plan.channels))[0]
     data = preprocess(read_image(case), bundle.plan, bundle.configuration).data
     patch = bundle.settings.patch_size
@@ -59,13 +59,13 @@ def tiny(normalization, folds=1, network="unet", configuration="3d_fullres", **p
     changed = bundle.plan.replace(configurations={**configurations, configuration: settings.to_dict()})
     if network == "unet":
         return replace(bundle, plan=changed)
-    states = [
-        build_network(settings.architecture, bundle.in_channels, bundle.labels.n_outputs).state_dict()
-        for _ in range(folds)
-    ]
-    return replace(
-        bundle, plan=changed, weights={str(n): (lambda state=s: state) for n, s in enumerate(states)}
-    )
+
+    def state(seed):
+        torch.manual_seed(seed)
+        return build_network(settings.architecture, bundle.in_channels, bundle.labels.n_outputs).state_dict()
+
+    weights = {str(fold): (lambda fold=fold: state(fold)) for fold in range(folds)}
+    return replace(bundle, plan=changed, weights=weights)
 
 
 def noise(bundle, batch, shape, seed=0):

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from medseg.errors import BundleError, OutputError
-from medseg.exchange.monai_out import STEP_KINDS, export
+from medseg.exchange.graph import STEP_KINDS
+from medseg.exchange.monai_out import export
+from medseg.geometry.orient import from_ras
 from medseg.infer import Predictor
 from medseg.infer.sliding import sliding_window
 from medseg.io import list_cases, read_image, write
@@ -132,6 +134,7 @@ GRIDS = [
     {"transpose": (1, 2, 0), "spacing": (5.0, 0.9, 0.9)},  # slice by slice on the way back
     {"patch": (8, 8), "spacing": (1.0, 0.9, 1.2)},
     {"labels": REGIONS, "channels": ("T1", "T2"), "spacing": (1.3, 0.8, 1.0)},
+    {"transpose": (2, 0, 1), "spacing": (0.7, 1.1, 0.9), "reader": "NibabelIOWithReorient"},
 ]
 SCHEMES = [("zscore", True), ("zscore", False), ("ct", False), ("rescale-0-1", False), ("none", False)]
 
@@ -155,14 +158,17 @@ def transforms_of(config):
 
 @pytest.mark.parametrize("thick", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda value: "-".join(map(str, value)))
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: str(grid.get("transpose") or grid.get("patch")))
+@pytest.mark.parametrize("grid", GRIDS, ids=["plain", "transposed", "thick", "2d", "regions", "ras"])
 def test_the_way_there_and_back_is_medsegs(tmp_path, grid, scheme, thick):
+    grid = dict(grid)
+    reader = grid.pop("reader", "NibabelIO")
     bundle = tiny_bundle("2d" if len(grid.get("patch", (1,) * 3)) == 2 else "3d_fullres", **grid)
     channels = len(bundle.plan.channels)
     settings = bundle.settings.replace(
         normalization=(scheme[0],) * channels, use_mask_for_norm=(scheme[1],) * channels
     )
-    plan = bundle.plan.replace(configurations={bundle.configuration: settings.to_dict()})
+    configurations = {bundle.configuration: settings.to_dict()}
+    plan = bundle.plan.replace(configurations=configurations, reader=reader)
     bundle = replace(bundle, plan=plan)
     there, back = transforms_of(exported(bundle, tmp_path / "bundle"))
     volume = image(channels=channels)
@@ -176,6 +182,9 @@ def test_the_way_there_and_back_is_medsegs(tmp_path, grid, scheme, thick):
     logits = logits.astype(np.float32)
     decided = back({"image": theirs, "pred": torch.from_numpy(logits)})["pred"]
     expected = restore_labels(logits, ours.record, plan.labels, settings)
+    if reader == "NibabelIOWithReorient":
+        assert expected.geometry != volume.geometry
+        expected = from_ras(expected, volume.geometry)
     assert (decided.numpy() == expected.array).mean() >= EQUAL_VOXELS
     np.testing.assert_array_equal(decided.affine, volume.geometry.affine)
 
@@ -249,9 +258,9 @@ def test_post_processing_of_an_ensemble_and_unknown_steps_do_not_go_along(tmp_pa
     together = {"ensemble": True, "steps": [{"kind": "keep_largest", "labels": [1]}]}
     config = exported(replace(tiny_bundle(), postprocessing=together), tmp_path / "a")
     assert "CleanComponentsd" not in json.dumps(config)
-    hostile = {"steps": [{"kind": "$exit()", "labels": [1]}]}
-    with pytest.raises(BundleError, match="unknown"):
-        export(replace(tiny_bundle(), postprocessing=hostile), tmp_path / "b", None)
+    for step in ({"kind": "$exit()", "labels": [1]}, {"kind": "keep_largest"}, 3, {"run": "it"}):
+        with pytest.raises(BundleError, match="unknown"):
+            export(replace(tiny_bundle(), postprocessing={"steps": [step]}), tmp_path / "b", None)
     assert not (tmp_path / "b").exists()
 
 
@@ -322,7 +331,7 @@ def test_scripts_import_nothing_of_medseg(tmp_path):
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 found.add((node.module or "").split(".")[0])
-    assert found - set(sys.stdlib_module_names) == {"monai", "numpy", "scipy", "scripts", "torch"}
+    assert found - set(sys.stdlib_module_names) == {"monai", "nibabel", "numpy", "scipy", "scripts", "torch"}
 
 
 def test_names_that_monai_would_run_stay_text(tmp_path, on_path):
@@ -366,12 +375,14 @@ def test_what_is_there_already_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     for out in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
-        with pytest.raises(OutputError, match="exists"):
+        with pytest.raises(OutputError, match="something else"):
             export(tiny_bundle(), out, None)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
     (tmp_path / "empty").mkdir()
     export(tiny_bundle(), tmp_path / "empty", None)
-    assert (tmp_path / "empty" / "models" / "model.pt").exists()
+    export(tiny_bundle(folds=2), tmp_path / "empty", None)
+    state = torch.load(tmp_path / "empty" / "models" / "model.pt", weights_only=True)
+    assert any(name.startswith("networks.1.") for name in state)
 
 
 def test_weights_that_do_not_fit_and_folds_that_are_missing_leave_nothing(tmp_path):

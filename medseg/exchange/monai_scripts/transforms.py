@@ -9,6 +9,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from nibabel.orientations import io_orientation
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -27,6 +28,7 @@ class ToNetworkGridd(MapTransform):  # type: ignore[misc]
     Parameters
     ----------
     transpose : network axis n is axis ``transpose[n]`` of the order (k, j, i)
+    ras : turn the image by flips and swaps until i, j, k run to R, A, S, before all else
     spacing : voxel size on the network's grid; two numbers leave the distance of the slices as it is
     channels : a channel each, ``{"scheme": "ct", "low", "high", "mean", "std"}``, or ``zscore`` (of this
         image; with ``"masked"`` of its nonzero part), ``rescale-0-1``, ``rgb-0-1``, ``none``
@@ -41,10 +43,11 @@ class ToNetworkGridd(MapTransform):  # type: ignore[misc]
         channels: Sequence[Mapping[str, Any]],
         order: int = 3,
         order_z: int = 0,
+        ras: bool = False,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.transpose = tuple(transpose)
+        self.transpose, self.ras = tuple(transpose), ras
         self.spacing = tuple(spacing)
         self.channels = tuple(channels)
         self.order, self.order_z = order, order_z
@@ -60,22 +63,22 @@ class ToNetworkGridd(MapTransform):  # type: ignore[misc]
         """Return (c, a0, a1, a2) float32 with the affine of the network's grid and the way back."""
         self._check(image)
         affine = np.asarray(image.affine, dtype=np.float64)
-        reversed_axes = np.array(image.as_tensor().cpu().numpy().transpose(0, 3, 2, 1), np.float32, order="C")
-        array = reversed_axes.transpose(0, *(axis + 1 for axis in self.transpose))
+        axes, flips = network_axes(affine, self.transpose, self.ras)
+        array = np.array(turned(image.as_tensor().cpu().numpy(), axes, flips), np.float32, order="C")
         box, inside = crop_box(array)
         array = array[(slice(None), *(slice(*pair) for pair in box))]
         for channel, settings in zip(array, self.channels, strict=True):
             normalize(channel, inside, **settings)
-        spacing = [voxel_size(affine)[2 - axis] for axis in self.transpose]
+        spacing = [voxel_size(affine)[axis] for axis in axes]
         new_spacing = [*spacing[: 3 - len(self.spacing)], *self.spacing]
         shape = [max(1, round(a / b * n)) for a, b, n in zip(spacing, new_spacing, inside.shape, strict=True)]
-        axis = separate_axis(spacing, new_spacing)
-        result = np.stack([resample(channel, shape, self.order, axis, self.order_z) for channel in array])
-        record = {"shape": image.shape[1:], "affine": affine.tolist(), "transpose": self.transpose}
+        separate = separate_axis(spacing, new_spacing)
+        result = np.stack([resample(each, shape, self.order, separate, self.order_z) for each in array])
+        record = {"shape": tuple(image.shape[1:]), "affine": affine.tolist(), "axes": axes, "flips": flips}
         record |= {"box": box, "spacing": spacing, "new_spacing": new_spacing}
         meta = {name: value for name, value in image.meta.items() if name != "affine"}
         meta[RECORD] = json.dumps(record)
-        grid = affine @ to_source_voxels(self.transpose, box, shape)
+        grid = affine @ to_source_voxels(image.shape[1:], axes, flips, box, shape)
         return MetaTensor(torch.from_numpy(result), affine=torch.from_numpy(grid), meta=meta)
 
     def _check(self, image: MetaTensor) -> None:
@@ -135,12 +138,12 @@ class ToLabelMapd(MapTransform):  # type: ignore[misc]
             for channel in plain.cpu().float().numpy()
         )
         labels = decide(resampled, shape, self.regions, self.dtype)
-        axes = [2 - axis for axis in record["transpose"]]
-        result = np.zeros(record["shape"], self.dtype)
-        result.transpose(axes)[tuple(slice(*pair) for pair in record["box"])] = labels
+        result = np.zeros((1, *record["shape"]), self.dtype)
+        view = turned(result, record["axes"], record["flips"])[0]
+        view[tuple(slice(*pair) for pair in record["box"])] = labels
         affine = torch.tensor(record["affine"], dtype=torch.float64)
         kept = {name: meta[name] for name in ("filename_or_obj",) if name in meta}
-        return MetaTensor(torch.from_numpy(result[None]), affine=affine, meta=kept)
+        return MetaTensor(torch.from_numpy(result), affine=affine, meta=kept)
 
 
 class CleanComponentsd(MapTransform):  # type: ignore[misc]
@@ -297,12 +300,35 @@ def voxel_size(affine: Array) -> list[float]:
     return [float(x) for x in np.where(np.abs(single - lengths) < 1e-9 * lengths, single, lengths)]
 
 
-def to_source_voxels(transpose: Sequence[int], box: Sequence[tuple[int, int]], shape: Sequence[int]) -> Array:
+def network_axes(affine: Array, transpose: Sequence[int], ras: bool) -> tuple[list[int], list[bool]]:
+    """Return for each axis of the network its voxel axis of the source, and whether it runs against it."""
+    voxel, against = [0, 1, 2], [False] * 3
+    if ras:
+        found = io_orientation(affine)  # by voxel axis: world axis, direction
+        voxel = [int(axis) for axis in np.argsort(found[:, 0])]
+        against = [bool(found[axis, 1] < 0) for axis in voxel]
+    return [voxel[2 - axis] for axis in transpose], [against[2 - axis] for axis in transpose]
+
+
+def turned(array: Array, axes: Sequence[int], flips: Sequence[bool]) -> Array:
+    """Return a view of a (c, i, j, k) array with the axes of the network."""
+    view = array.transpose(0, *(axis + 1 for axis in axes))
+    return view[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]
+
+
+def to_source_voxels(
+    source: Sequence[int],
+    axes: Sequence[int],
+    flips: Sequence[bool],
+    box: Sequence[tuple[int, int]],
+    shape: Sequence[int],
+) -> Array:
     """Return the (4, 4) matrix from voxels of the network's grid to voxels (i, j, k) of the source."""
     matrix = np.zeros((4, 4))
     matrix[3, 3] = 1
-    for axis, (start, stop) in enumerate(box):
-        ratio = (stop - start) / shape[axis]
-        matrix[2 - transpose[axis], axis] = ratio
-        matrix[2 - transpose[axis], 3] = start + ratio / 2 - 0.5
+    for number, (axis, (start, stop)) in enumerate(zip(axes, box, strict=True)):
+        ratio = (stop - start) / shape[number]
+        first = start + ratio / 2 - 0.5
+        matrix[axis, number] = -ratio if flips[number] else ratio
+        matrix[axis, 3] = source[axis] - 1 - first if flips[number] else first
     return matrix
