@@ -21,26 +21,29 @@ class TerminalListener(Listener):
         self.tasks: dict[int, _Shown] = {}
         self.bar: Any = None
         self.interrupted = False
+        self.printed = 0.0
         self.lock = RLock()
 
     def started(self, key: int, label: str, total: int | None) -> None:
         """Remember the task; it is drawn when it has lasted."""
         with self.lock:
+            if not self.tasks:
+                self.printed = time.monotonic()
             self.tasks[key] = _Shown(label, total)
 
     def advanced(self, key: int, steps: int, note: str) -> None:
         """Update the bar, or print a line."""
         with self.lock:
-            task = self.tasks[key]
+            task, now = self.tasks[key], time.monotonic()
             task.done += steps
             task.note = note or task.note
-            if time.monotonic() - task.began < QUIET_SECONDS:
-                return
+            lasting = [each for each in self.tasks.values() if each.is_shown(now)]
             if self._is_terminal():
-                self._draw(task)
-            elif time.monotonic() - task.printed > LINE_EVERY_SECONDS:
-                task.printed = time.monotonic()
-                self.say(task.line())
+                for each in lasting:
+                    self._draw(each)
+            elif lasting and now - self.printed > LINE_EVERY_SECONDS:
+                self.printed = now
+                self.say(" | ".join(each.line() for each in lasting))
 
     def finished(self, key: int) -> None:
         """Take the task off the display."""
@@ -126,7 +129,12 @@ class _Shown:
         self.done = 0
         self.note = ""
         self.row: Any = None
-        self.began = self.printed = time.monotonic()
+        self.began = time.monotonic()
+
+    def is_shown(self, now: float) -> bool:
+        """Return whether the task has lasted, and there is more to say than that it has begun or is over."""
+        over = self.total is not None and (self.done >= self.total or self.total < 2)
+        return now - self.began >= QUIET_SECONDS and not over
 
     def line(self) -> str:
         """Return the task as one line of text, with the time left."""

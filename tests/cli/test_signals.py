@@ -62,6 +62,6 @@ def test_who_does_not_stop_is_ended_and_leaves_nothing_unfinished(tmp_path: Path
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=2.0)
+    _, said = process.communicate(timeout=20)
     assert process.returncode == 130 and said.strip() == "Stopping."
     assert not list(tmp_path.iterdir())
