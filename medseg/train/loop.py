@@ -108,7 +108,7 @@ def run(job: Job, fabric: Any) -> Outcome:
         average.to(fabric.device)
     raw = job.network
     optimizer = make_optimizer(raw, job.config.optimizer, fused=fabric.device.type == "cpu")
-    network, optimizer = fabric.setup(_made_fast(job, fabric), optimizer)
+    network, optimizer = fabric.setup(made_fast(job, fabric), optimizer)
     progress = state.Progress()
     path = job.folder / STATE_FILE
     if job.resume and path.exists():
@@ -401,7 +401,7 @@ def overlap_counts(logits: Tensor, segs: Tensor, labels: LabelSet) -> Tensor:
     return torch.stack([m.sum(axes).float() for m in (predicted & reference, predicted, reference)])
 
 
-def _made_fast(job: Job, fabric: Any) -> nn.Module:
+def made_fast(job: Job, fabric: Any) -> nn.Module:
     """Return the network compiled, or with the batch split among the cores of a CPU, or as it is."""
     network, mode, device = job.network, job.config.compile, fabric.device.type
     if mode == "on" or (mode == "auto" and device == "cuda"):

@@ -14,6 +14,7 @@ from medseg.labels import LabelSet
 from medseg.log import Listener, listening
 from medseg.train import loop
 from medseg.train.config import LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from medseg.train.parallel import SplitBatch
 from medseg.train.samples import Sampler
 from tests.train.test_samples import Arrays
 
@@ -152,6 +153,43 @@ def test_a_loss_that_is_not_finite_is_one_clear_error(tmp_path: Path) -> None:
         next(broken.network.parameters()).fill_(float("nan"))
     with pytest.raises(TrainingError, match="learning rate"):
         loop.run(broken, fabric())
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_the_loss_of_a_step_is_nnunets_formula(tmp_path: Path, batch_dice: bool) -> None:
+    """Spec 1.12 written out: weights 4/7, 2/7, 1/7, 0; nearest-exact targets; CE + Dice of the foreground."""
+    torch.manual_seed(1)
+    outputs = [torch.randn(3, 3, *size) for size in ((8, 8, 12), (4, 4, 6), (2, 4, 3), (1, 2, 3))]
+    segs = torch.randint(0, 3, (3, 8, 8, 12), dtype=torch.int16)
+    expected = 0.0
+    for logits, weight in zip(outputs[:3], (4 / 7, 2 / 7, 1 / 7), strict=True):
+        sizes = zip(logits.shape[2:], segs.shape[1:], strict=True)
+        pick = [((torch.arange(n) + 0.5) * (m / n)).long() for n, m in sizes]
+        target = segs[:, pick[0]][:, :, pick[1]][:, :, :, pick[2]]
+        p = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
+        truth = torch.stack([target == k for k in range(3)], 1).double()
+        ce = -(truth * p.log()).sum(1).mean()
+        axes = (0, 2, 3, 4) if batch_dice else (2, 3, 4)
+        both, size = (p * truth)[:, 1:].sum(axes), (p + truth)[:, 1:].sum(axes)
+        expected += weight * float(ce - ((2 * both + 1e-5) / (size + 1e-5)).mean())
+    labels = LabelSet(entries={"background": 0, "a": 1, "b": 2})
+    given = job(tmp_path, labels=labels, batch_dice=batch_dice, config=TrainConfig())
+    assert float(loop.total_loss(outputs, segs, given, shared=False)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_splitting_the_batch_among_threads_changes_nothing_but_rounding(tmp_path: Path) -> None:
+    config = CONFIG.replace(epochs=1, optimizer={"name": "sgd", "lr": 0.01})
+    whole, split = job(tmp_path / "whole", config=config), job(tmp_path / "split", config=config)
+    whole.network.add_module("unused", nn.Dropout(0.5))  # networks with random numbers are not split
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert not isinstance(loop.made_fast(whole, fabric()), SplitBatch)
+        assert isinstance(loop.made_fast(split, fabric()), SplitBatch)
+        ended = [weights(loop.run(each, fabric())) for each in (whole, split)]
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*ended, rtol=1e-4, atol=1e-5)
 
 
 def test_poly_changes_at_epoch_starts_as_nnunet_does() -> None:
