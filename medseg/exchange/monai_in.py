@@ -46,9 +46,17 @@ _LIMITS = Limits(
     text_bytes=4 * 2**20,
     kind="a MONAI bundle",
 )
-_NETWORKS = (
-    *("UNet", "BasicUNet", "BasicUNetPlusPlus", "AttentionUnet", "DynUNet", "FlexibleUNet", "SegResNet"),
-    *("SegResNetDS", "SwinUNETR", "UNETR", "VNet"),
+NETWORKS = (
+    *(
+        "AttentionUnet",
+        "BasicUNet",
+        "BasicUNetPlusPlus",
+        "DynUNet",
+        "FlexibleUNet",
+        "SegResNet",
+        "SegResNetDS",
+    ),
+    *("SwinUNETR", "UNETR", "UNet", "VNet"),
 )
 # Arguments of older MONAI that change nothing of a network whose weights are loaded.
 _OBSOLETE = {"SwinUNETR": ("img_size",), "UNETR": ("pos_embed",), "FlexibleUNet": ("pretrained",)}
@@ -57,21 +65,28 @@ _LARGEST_ARGUMENT = 4096
 
 _READING = ("LoadImaged", "EnsureChannelFirstd", "AddChanneld", "AsChannelFirstd")
 """What medseg has done when it has read a volume."""
-_TRANSFORMS = (
-    *("EnsureTyped", "CastToTyped", "Orientationd", "Spacingd", "CropForegroundd", "SpatialPadd"),
+TRANSFORMS = (
     *(
-        "DivisiblePadd",
-        "ResizeWithPadOrCropd",
+        "CastToTyped",
         "CenterScaleCropd",
         "CenterSpatialCropd",
-        "Resized",
-        "ScaleIntensityRanged",
+        "ClipIntensityPercentilesd",
+        "CropForegroundd",
     ),
     *(
+        "DivisiblePadd",
+        "EnsureTyped",
         "NormalizeIntensityd",
-        "ScaleIntensityd",
+        "Orientationd",
+        "ResizeWithPadOrCropd",
+        "Resized",
+    ),
+    *(
         "ScaleIntensityRangePercentilesd",
-        "ClipIntensityPercentilesd",
+        "ScaleIntensityRanged",
+        "ScaleIntensityd",
+        "Spacingd",
+        "SpatialPadd",
     ),
     *("ThresholdIntensityd",),
 )
@@ -180,6 +195,11 @@ def load_monai_bundle(path: PathLike) -> MonaiModel:
         {**_parse(files, inference), "bundle_root": "."}, f"{path}, {inference.removeprefix(root)}"
     )
     metadata = _parse(files, root + _METADATA) if root + _METADATA in names else {}
+    if "medseg" in metadata:
+        raise BundleError(
+            f"{path}: was exported by medseg and runs its code (scripts). Pass the bundle that it was made "
+            "from."
+        )
     weights = _find_weights(config, names, root, path)
     network = _network(config)
     preprocessing, image_key = _preprocessing(config)
@@ -382,7 +402,7 @@ def _network(config: MonaiConfig) -> Call:
     component = config.component(config.outline(key), key)
     if component is None:
         raise config.fault(f"{key} is disabled. Remove its _disabled_.")
-    name = config.known(component, _NETWORKS, "network")
+    name = config.known(component, NETWORKS, "network")
     obsolete = (*_OBSOLETE.get(name, ()), "device")
     wanted = {word: value for word, value in component.arguments.items() if word not in obsolete}
     arguments = {word: config.value(value, f"{key}::{word}") for word, value in wanted.items()}
@@ -424,7 +444,7 @@ def _preprocessing(config: MonaiConfig) -> tuple[tuple[Call, ...], str]:
     image = config.keys((reading or steps)[0])[0] if steps else "image"
     calls = []
     for step in steps:
-        name = config.known(step, (*_TRANSFORMS, *_READING, *_SAME), "transform")
+        name = config.known(step, (*TRANSFORMS, *_READING, *_SAME), "transform")
         keys = config.keys(step)
         if image in keys and name not in _READING:
             calls.append(_transform(config, step, _SAME.get(name, name), keys, image))

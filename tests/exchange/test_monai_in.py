@@ -375,6 +375,13 @@ def test_what_is_no_bundle_is_not_taken_for_one(tmp_path):
     assert "no MONAI bundle" in refusal(tmp_path)
 
 
+def test_a_bundle_that_medseg_has_exported_says_where_to_go(tmp_path):
+    root = zoo.write_bundle(tmp_path / "b", "spleen")
+    metadata = root / "configs" / "metadata.json"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "medseg": {"version": "0.1.0"}}))
+    assert "exported by medseg" in refusal(root)
+
+
 # --- expressions
 
 

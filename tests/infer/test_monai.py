@@ -13,7 +13,7 @@ import torch
 
 from medseg import log
 from medseg.errors import BundleError, Cancelled, ConfigError, DataError
-from medseg.exchange.monai_in import Call, load_monai_bundle
+from medseg.exchange.monai_in import NETWORKS, TRANSFORMS, Call, build_network, load_monai_bundle
 from medseg.infer import Options, Segmenter, make_predictor
 from medseg.infer import monai as predicting
 from medseg.infer.monai import MonaiPredictor
@@ -112,6 +112,87 @@ def test_probabilities_are_on_the_grid_of_the_image_one_for_each_output(name, jo
         "logits_last",
     ):  # these decide on another grid, or remove components
         assert (maps.argmax(axis=0) == labels).mean() > 0.9999
+
+
+SMALL = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}
+UNET = {**SMALL, "channels": [4, 8], "strides": [2]}
+NETWORK_ARGUMENTS = {
+    "AttentionUnet": UNET,
+    "BasicUNet": {**SMALL, "features": [4, 4, 4, 4, 4, 4]},
+    "BasicUNetPlusPlus": {**SMALL, "features": [4, 4, 4, 4, 4, 4]},
+    "DynUNet": {
+        **SMALL,
+        "kernel_size": [3, 3, 3],
+        "strides": [1, 2, 2],
+        "upsample_kernel_size": [2, 2],
+        "filters": [4, 8, 8],
+    },
+    "FlexibleUNet": {**SMALL, "backbone": "resnet10", "decoder_channels": [8, 4, 4, 4, 4]},
+    "SegResNet": {**SMALL, "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]},
+    "SegResNetDS": {**SMALL, "init_filters": 8, "blocks_down": [1, 1]},
+    "SwinUNETR": {**SMALL, "feature_size": 12, "depths": [1, 1, 1, 1]},
+    "UNETR": {**SMALL, "img_size": [64, 32, 32], "hidden_size": 24, "mlp_dim": 24, "num_heads": 2},
+    "UNet": UNET,
+    "VNet": SMALL,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_on_the_list_predicts(name, jobs):
+    torch.manual_seed(0)
+    network = Call(name, NETWORK_ARGUMENTS[name])
+    weights = build_network(network).state_dict()
+    whole = load_monai_bundle(jobs["spleen"]["root"])
+    inferer = Call("SlidingWindowInferer", {"roi_size": [64, 32, 32]})
+    model = replace(whole, network=network, weights=lambda: weights, inferer=inferer)
+    volume = noise(GEOMETRIES["flipped"])
+    assert MonaiPredictor(model, Options(threads=1)).segment(volume).volume.geometry == volume.geometry
+
+
+EXACT = {
+    "CastToTyped": {"dtype": "float32"},
+    "CropForegroundd": {"source_key": "image", "margin": 1},
+    "DivisiblePadd": {"k": 8},
+    "EnsureTyped": {"dtype": "float32"},
+    "Orientationd": {"axcodes": "SPL"},
+    "ResizeWithPadOrCropd": {"spatial_size": [20, 20, 20]},
+    "SpatialPadd": {"spatial_size": [16, 9, 20], "mode": "constant", "constant_values": 3},
+    "ThresholdIntensityd": {"threshold": -1e6},
+}
+CHANGING = {
+    "CenterScaleCropd": {"roi_scale": [0.6, 0.6, 1]},
+    "CenterSpatialCropd": {"roi_size": [6, 6, 6]},
+    "ClipIntensityPercentilesd": {"lower": 1, "upper": 99},
+    "NormalizeIntensityd": {"nonzero": True, "channel_wise": True},
+    "Resized": {"spatial_size": [12, 12, 12], "mode": "trilinear"},
+    "ScaleIntensityRangePercentilesd": {"lower": 1, "upper": 99, "b_min": 0, "b_max": 200},
+    "ScaleIntensityRanged": {"a_min": 0, "a_max": 200, "b_min": 0, "b_max": 1, "clip": True},
+    "ScaleIntensityd": {"minv": -1.0, "maxv": 1.0},
+    "Spacingd": {"pixdim": [1.5, 1.5, 2.0], "mode": "bilinear"},
+}
+
+
+class Bright(torch.nn.Module):
+    """Finds what is brighter than 100."""
+
+    def forward(self, x):
+        return torch.cat([100 - x, x - 100], dim=1)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_transform_on_the_list_is_undone(name, first, jobs):
+    call = Call(name, {**EXACT, **CHANGING}[name])
+    whole = load_monai_bundle(jobs["spleen"]["root"])
+    decision = replace(whole.decision, decide_first=first)
+    model = replace(whole, preprocessing=(call,), inferer=Call("SimpleInferer", {}), decision=decision)
+    bright = MonaiPredictor(model, Options(threads=1))
+    bright._network = Bright()
+    volume = noise(GEOMETRIES["oblique"])
+    result = bright.segment(volume).volume
+    assert result.geometry == volume.geometry
+    if name in EXACT:
+        np.testing.assert_array_equal(result.array, volume.array > 100)
 
 
 def test_the_way_back_in_small_parts_gives_the_same_labels(jobs, monkeypatch):
