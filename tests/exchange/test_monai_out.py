@@ -414,6 +414,14 @@ def test_images_of_a_folder_become_cases(tmp_path):
         find_cases(str(tmp_path), 3)
 
 
+def test_a_slice_is_a_volume_of_one(tmp_path):
+    there, back = transforms_of(exported(tiny_bundle("2d", patch=(8, 8)), tmp_path / "bundle"))
+    slice_of = metatensor(image(shape=(13, 11, 1)))
+    flat = there({"image": slice_of[..., 0]})["image"]
+    np.testing.assert_array_equal(flat.numpy(), there({"image": slice_of})["image"].numpy())
+    assert back({"image": flat, "pred": torch.zeros(3, *flat.shape[1:])})["pred"].shape == (1, 13, 11, 1)
+
+
 def test_an_image_that_does_not_fit_is_said(tmp_path):
     there, _ = transforms_of(exported(tiny_bundle(), tmp_path / "bundle"))
     with pytest.raises(ValueError, match="1 channels"):

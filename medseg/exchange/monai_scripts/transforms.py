@@ -61,6 +61,7 @@ class ToNetworkGridd(MapTransform):  # type: ignore[misc]
 
     def convert(self, image: MetaTensor) -> MetaTensor:
         """Return (c, a0, a1, a2) float32 with the affine of the network's grid and the way back."""
+        image = image[..., None] if image.ndim == 3 else image  # a slice is a volume of one
         self._check(image)
         affine = np.asarray(image.affine, dtype=np.float64)
         axes, flips = network_axes(affine, self.transpose, self.ras)
