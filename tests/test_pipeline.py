@@ -35,6 +35,7 @@ from medseg.log import Listener, listening
 from medseg.phantom import write_phantom_dataset
 from medseg.pipeline import list_work, predict_folder, segment
 from medseg.volume import Geometry, Volume
+from tests.exchange import zoo
 from tests.infer.models import image, tiny_plan, tiny_weights
 
 FAST = {"device": "cpu", "threads": 1, "mirror": False}
@@ -728,3 +729,20 @@ def test_options_of_the_command_reach_the_predictor(bundle, images, tmp_path, mo
     assert result.exit_code == 0, result.output
     assert seen["options"] == Options(step=0.7, skip_air=True, folds=("1", "3"), threads=2)
     assert (str(seen["previous"]), str(seen["previous_labels"]), seen["checkpoint"]) == ("p", "l", None)
+
+
+def test_a_bundle_of_monai_is_a_model_like_any_other(tmp_path):
+    model = zoo.write_bundle(tmp_path / "model", "spleen")
+    (path,) = zoo.write_image(tmp_path / "images")
+    words = ("predict", path.parent, "-m", model, "--device", "cpu", "--threads", 1, "-o", tmp_path / "out")
+    answer = run(*words)
+    assert answer.exit_code == 0, answer.output
+    labels, source = read(tmp_path / "out" / "case.nii.gz"), read(path)
+    assert labels.geometry.matches(source.geometry)
+    assert (segment(path, model, device="cpu", threads=1).volume.array == labels.array).all()
+    assert [row.status for row in list_work(path, model, tmp_path / "other")] == ["planned"]
+    assert "skipped" in run(*words, "--resume").stdout
+    with pytest.raises(ConfigError, match="no cascade"):
+        predict_folder(path, model, tmp_path / "other", previous_labels=path.parent, device="cpu")
+    with pytest.raises(BundleError, match="not averaged"):
+        predict_folder(path, [model, model], tmp_path / "other", device="cpu")
