@@ -33,15 +33,6 @@ class Target(StrEnum):
     OPENVINO = "openvino"
 
 
-# What an export writes, by which an older one is known that may be replaced.
-_MARKS = {
-    Target.NNUNET: ("plans.json",),
-    Target.MONAI: ("configs/metadata.json",),
-    Target.ONNX: ("*.onnx",),
-    Target.OPENVINO: ("*.xml",),
-}
-
-
 @bundle.command("import")
 def import_model(
     source: Annotated[
@@ -69,7 +60,7 @@ def import_model(
     from medseg.bundle import write_bundle
     from medseg.exchange.nnunet import load_nnunet
 
-    _check_out(out, ("bundle.yaml",))
+    _check_replaceable(out)
     model = load_nnunet(source, previous, None if checkpoint is None else checkpoint.value)
     if postprocessing is not None:
         model = replace(model, postprocessing=_read_postprocessing(postprocessing))
@@ -95,8 +86,9 @@ def export_model(
     from medseg.bundle import Bundle
     from medseg.errors import BundleError
     from medseg.exchange import EXPORTERS, load_model
+    from medseg.files import check_writable
 
-    _check_out(out, _MARKS[to])
+    check_writable(out, folder=out.suffix != ".onnx")
     loaded = load_model(model, previous)
     if not isinstance(loaded, Bundle):
         raise BundleError(
@@ -108,17 +100,21 @@ def export_model(
     typer.echo(f"{to.value}: {out} ({_summary(loaded, 1 if fold else len(loaded.folds))})")
 
 
-def _check_out(out: Path, marks: tuple[str, ...]) -> None:
-    """Refuse to replace what is not an older result of the same kind."""
-    from medseg.errors import OutputError
+def _check_replaceable(out: Path) -> None:
+    """Refuse to replace anything but an older import: a bundle may be all that is left of a training."""
+    from medseg.bundle import ZIP_SUFFIX, load_bundle
+    from medseg.errors import BundleError, OutputError
     from medseg.files import check_writable
 
-    if out.is_dir():
-        if any(out.iterdir()) and not any(any(out.glob(mark)) for mark in marks):
-            raise OutputError(f"{out}: holds something else (no {marks[0]}). Choose another output.")
-    elif out.exists() and not out.suffix:
-        raise OutputError(f"{out}: is a file of something else. Choose another output.")
-    check_writable(out, folder=not out.suffix)
+    check_writable(out, folder=out.suffix != ZIP_SUFFIX)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        source = load_bundle(out).card.get("source")
+    except BundleError as error:
+        raise OutputError(f"{out}: holds something else already. Choose another output.") from error
+    if source != "nnU-Net v2":
+        raise OutputError(f"{out}: is a bundle that was not imported. Choose another output.")
 
 
 def _read_postprocessing(path: Path) -> dict[str, object]:

@@ -21,9 +21,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import medseg
 from medseg.archive import Files, Limits, hash_member, open_files, read_member
 from medseg.bundle import Bundle, StateDict
-from medseg.errors import BundleError, MedsegError, OutputError
+from medseg.errors import BundleError, MedsegError
 from medseg.files import atomic_folder
 from medseg.labels import LabelSet
 from medseg.log import logger
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth")
 # nnU-Net's prediction builds this trainer's network; any trainer that fits the plan would do.
 TRAINER = "nnUNetTrainer"
+
+# Tells our folders, which may be replaced, from those that somebody trained.
+_EXPORTED = "Exported by medseg"
 
 _FOLD = r"fold_(?:\d+|all)"
 _WEIGHTS = re.compile(rf"(?:[^/]+/)*{_FOLD}/checkpoint_(?:final|best|latest)\.pth")
@@ -400,7 +404,7 @@ def export_nnunet(bundle: Bundle, out: Path, fold: str | None = None) -> None:
 
     Parameters
     ----------
-    out : folder; what is there is replaced
+    out : folder; an older export is replaced, anything else is left alone
     fold : the only one to write; None writes all
 
     Raises
@@ -410,13 +414,16 @@ def export_nnunet(bundle: Bundle, out: Path, fold: str | None = None) -> None:
     BundleError
         There is no such fold.
     OutputError
-        The folder cannot be written.
+        The folder holds something else, or cannot be written.
     """
+    from medseg.exchange.graph import check_replaceable
+
     out = Path(out)
-    if bundle.previous is not None:
-        export_nnunet(bundle.previous, first_stage_folder(bundle, out))
     folds = bundle.folds if fold is None else (fold,)
     plans, dataset = to_nnunet(bundle.plan), _dataset_json(bundle)
+    check_replaceable(out, "dataset.json", _EXPORTED)
+    if bundle.previous is not None:
+        export_nnunet(bundle.previous, first_stage_folder(bundle, out))
     with atomic_folder(out) as folder:
         _write_json(folder / "plans.json", plans)
         _write_json(folder / "dataset.json", dataset)
@@ -427,20 +434,11 @@ def export_nnunet(bundle: Bundle, out: Path, fold: str | None = None) -> None:
 
 
 def first_stage_folder(bundle: Bundle, out: Path) -> Path:
-    """Return where :func:`export_nnunet` puts the first stage of a cascade that goes to `out`.
-
-    Raises
-    ------
-    OutputError
-        Something else is there.
-    """
+    """Return where :func:`export_nnunet` puts the first stage of a cascade that goes to `out`."""
     assert bundle.previous is not None
     stage, ending = bundle.previous.configuration, f"__{bundle.configuration}"
     stem = out.name.removesuffix(ending)
-    path = out.with_name(f"{stem}__{stage}" if out.name.endswith(ending) else f"{out.name}_{stage}")
-    if path.exists() and not (path / "plans.json").is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path}: the first stage goes here, but something else is there. Move it away.")
-    return path
+    return out.with_name(f"{stem}__{stage}" if out.name.endswith(ending) else f"{out.name}_{stage}")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -457,6 +455,7 @@ def _dataset_json(bundle: Bundle) -> dict[str, Any]:
     labels: LabelSet = bundle.labels
     cases = bundle.card.get("cases", 0)
     content: dict[str, Any] = {
+        "description": f"{_EXPORTED} {medseg.__version__}",
         "channel_names": {str(number): name for number, name in enumerate(bundle.plan.channels)},
         "labels": {
             name: list(value) if isinstance(value, tuple) else value for name, value in labels.entries.items()
