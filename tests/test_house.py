@@ -67,7 +67,7 @@ def test_help_of_every_verb_loads_nothing_heavy_and_is_quick() -> None:
 import sys
 from typer.testing import CliRunner
 from medseg.cli import app
-for words in (["--help"], *([verb, "--help"] for verb in {verbs})):
+for words in (["--help"], *([*verb.split(), "--help"] for verb in {verbs})):
     assert CliRunner().invoke(app, words).exit_code == 0, words
 """
     assert not loaded_after(code.replace("{verbs}", repr(verbs()))) & set(HEAVY)
@@ -81,8 +81,12 @@ for words in (["--help"], *([verb, "--help"] for verb in {verbs})):
 def verbs() -> list[str]:
     from medseg.cli import app
 
+    groups = [(f"{group.typer_instance.info.name} ", group.typer_instance) for group in app.registered_groups]
     return [
-        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+        prefix + (command.name or command.callback.__name__)
+        for prefix, typer in (("", app), *groups)
+        for command in typer.registered_commands
+        if command.callback
     ]
 
 
@@ -239,6 +243,7 @@ def test_every_dependency_is_pinned() -> None:
 # Being listed is being tested: each table of names with the test that every entry must pass.
 REGISTRIES = {
     "medseg.nets:NETS": "nets.test_nets:test_logits_have_the_shape_of_the_patch",
+    "medseg.exchange:EXPORTERS": "exchange.test_exporters:test_an_export_is_written_whole_or_not_at_all",
     "medseg.io:READERS": "io.test_formats:test_a_file_of_something_else_is_one_sentence_with_its_name",
     "medseg.io:WRITERS": "io.test_formats:test_a_written_volume_is_read_back_with_values_type_and_grid",
     "medseg.metrics:METRICS": "metrics.test_registry:test_a_perfect_prediction_has_the_best_value",
@@ -275,7 +280,7 @@ def test_every_registry_has_a_conformance_test(registry: str) -> None:
 def test_every_registry_is_known_here() -> None:
     """A table of callables or settings in capitals is a registry, wherever it is written."""
     pattern = re.compile(
-        r"^([A-Z]+): dict\[[^=]*(?:Callable|Builder|Normalizer|Rules|Config|Metric)[^=]*= ", re.M
+        r"^([A-Z]+): dict\[[^=]*(?:Callable|Builder|Exporter|Normalizer|Rules|Config|Metric)[^=]*= ", re.M
     )
     found = {name for path in SOURCES for name in pattern.findall(path.read_text(encoding="utf-8"))}
     assert found == {registry.split(":")[1] for registry in REGISTRIES}
@@ -302,7 +307,11 @@ def test_the_readme_shows_commands_and_options_that_exist() -> None:
     shown = readme_commands()
     assert len(shown) >= 5
     for words in shown:
-        command = group.commands[words[0]]  # type: ignore[attr-defined]
+        command = group
+        for word in words:
+            if not hasattr(command, "commands"):
+                break
+            command = command.commands[word]
         known = {option for parameter in command.params for option in parameter.opts}
         used = {word.strip("[]") for word in words if re.match(r"\[?-[-a-z]", word)}
         assert used - {"--help"} <= known, words
