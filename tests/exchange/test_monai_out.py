@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from medseg.errors import BundleError, OutputError
+from medseg.exchange import load_model
 from medseg.exchange.graph import STEP_KINDS
 from medseg.exchange.monai_out import export
 from medseg.geometry.orient import from_ras
@@ -25,7 +26,6 @@ from medseg.postprocess import Postprocessing, apply
 from medseg.preprocess import preprocess, restore_labels
 from medseg.volume import Geometry, Volume
 from tests.infer.models import image, tiny_bundle, tiny_plan
-from tests.infer.nnunet import load_golden
 
 REGIONS = LabelSet.parse({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])
 SIDED = LabelSet.parse({"background": 0, "kidney_left": 1, "kidney_right": 2})
@@ -78,7 +78,7 @@ def assert_same_labels(path, ours):
 
 def test_monai_runs_a_two_channel_model_of_regions_as_medseg_does(golden_dir, tmp_path):
     source = golden_dir / "inference" / "g_region_ignore_two_channel_mr"
-    bundle = load_golden(source / "model")
+    bundle = load_model(source / "model")
     export(bundle, tmp_path / "bundle", None)
     case = list_cases(source / "imagesTs", 2)[0]
     (tmp_path / "images").mkdir()
@@ -116,14 +116,14 @@ def test_labels_of_every_kind_of_model_are_medsegs(golden_dir, tmp_path):
     for model in GOLDEN:
         source = golden_dir / "inference" / model
         cases[model] = list_cases(source / "imagesTs", 1)[1]
-        export(load_golden(source / "model"), tmp_path / model / "bundle", None)
+        export(load_model(source / "model"), tmp_path / model / "bundle", None)
         (tmp_path / model / "images").mkdir()
         shutil.copy(cases[model].images[0], tmp_path / model / "images")
     words = [sys.executable, "-c", GOLDEN_RUN, str(tmp_path), *GOLDEN]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for model, case in cases.items():
-        bundle = load_golden(golden_dir / "inference" / model / "model")
+        bundle = load_model(golden_dir / "inference" / model / "model")
         ours = Predictor(bundle, mirror=False, threads=1, device="cpu").segment(read_image(case)).volume
         assert_same_labels(tmp_path / model / f"{case.name}_seg.nii.gz", ours)
 
