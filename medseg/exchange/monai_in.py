@@ -47,16 +47,8 @@ _LIMITS = Limits(
     kind="a MONAI bundle",
 )
 NETWORKS = (
-    *(
-        "AttentionUnet",
-        "BasicUNet",
-        "BasicUNetPlusPlus",
-        "DynUNet",
-        "FlexibleUNet",
-        "SegResNet",
-        "SegResNetDS",
-    ),
-    *("SwinUNETR", "UNETR", "UNet", "VNet"),
+    *("AttentionUnet", "BasicUNet", "BasicUNetPlusPlus", "DynUNet", "FlexibleUNet", "SegResNet"),
+    *("SegResNetDS", "SwinUNETR", "UNETR", "UNet", "VNet"),
 )
 # Arguments of older MONAI that change nothing of a network whose weights are loaded.
 _OBSOLETE = {"SwinUNETR": ("img_size",), "UNETR": ("pos_embed",), "FlexibleUNet": ("pretrained",)}
@@ -66,29 +58,10 @@ _LARGEST_ARGUMENT = 4096
 _READING = ("LoadImaged", "EnsureChannelFirstd", "AddChanneld", "AsChannelFirstd")
 """What medseg has done when it has read a volume."""
 TRANSFORMS = (
-    *(
-        "CastToTyped",
-        "CenterScaleCropd",
-        "CenterSpatialCropd",
-        "ClipIntensityPercentilesd",
-        "CropForegroundd",
-    ),
-    *(
-        "DivisiblePadd",
-        "EnsureTyped",
-        "NormalizeIntensityd",
-        "Orientationd",
-        "ResizeWithPadOrCropd",
-        "Resized",
-    ),
-    *(
-        "ScaleIntensityRangePercentilesd",
-        "ScaleIntensityRanged",
-        "ScaleIntensityd",
-        "Spacingd",
-        "SpatialPadd",
-    ),
-    *("ThresholdIntensityd",),
+    *("CastToTyped", "CenterScaleCropd", "CenterSpatialCropd", "ClipIntensityPercentilesd"),
+    *("CropForegroundd", "DivisiblePadd", "EnsureTyped", "NormalizeIntensityd", "Orientationd"),
+    *("ResizeWithPadOrCropd", "Resized", "ScaleIntensityRangePercentilesd", "ScaleIntensityRanged"),
+    *("ScaleIntensityd", "Spacingd", "SpatialPadd", "ThresholdIntensityd"),
 )
 _SAME = {"ToTensord": "EnsureTyped"}
 # Where data is and what is written down about it: medseg decides that.
@@ -203,7 +176,7 @@ def load_monai_bundle(path: PathLike) -> MonaiModel:
     weights = _find_weights(config, names, root, path)
     network = _network(config)
     preprocessing, image_key = _preprocessing(config)
-    outputs, channels = _sizes(network, metadata, config.where)
+    outputs, channels = _sizes(config, network)
     decision, labels = read_decision(config, _names(metadata, "outputs", "pred", outputs))
     used = sorted(name for name in (inference, root + _METADATA, weights) if name in names)
     return MonaiModel(
@@ -284,7 +257,7 @@ def _loader(files: Files, name: str, path: Path) -> Callable[[], StateDict]:
         try:
             with files.open(name) as stream:
                 seekable = stream if files.local(name) else io.BytesIO(stream.read())
-                _refuse_torchscript(seekable, f"{path}: {name}")
+                _check_checkpoint(seekable, f"{path}: {name}")
                 data = torch.load(seekable, map_location="cpu", weights_only=True)
         except (MemoryError, BundleError):
             raise
@@ -299,14 +272,18 @@ def _loader(files: Files, name: str, path: Path) -> Callable[[], StateDict]:
     return load
 
 
-def _refuse_torchscript(stream: IO[bytes], where: str) -> None:
-    """Say what a program is before torch turns to its interpreter; a state dict has no such members."""
+def _check_checkpoint(stream: IO[bytes], where: str) -> None:
+    """Refuse what torch never writes for a state dict: the members of a program, and compressed tensors."""
+    size = stream.seek(0, io.SEEK_END)
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(stream) as archive:
-        if any(name.endswith("constants.pkl") or "/code/" in name for name in archive.namelist()):
+        members = archive.infolist()
+        if any(member.filename.endswith("constants.pkl") for member in members):
             raise BundleError(
                 f"{where} is TorchScript, which is a program, and medseg does not run code from bundles. "
                 "Save the network's state_dict with torch.save instead."
             )
+        if sum(member.file_size for member in members) > size:
+            raise BundleError(f"{where} unpacks to more than it is. Do not trust this bundle.")
     stream.seek(0)
 
 
@@ -330,14 +307,14 @@ def _state_dict(data: Any, where: str) -> StateDict:
 # --- what the network takes and returns
 
 
-def _sizes(network: Call, metadata: Mapping[str, Any], where: str) -> tuple[int, int]:
+def _sizes(config: MonaiConfig, network: Call) -> tuple[int, int]:
     """Return the numbers of output and input channels."""
     sizes = []
+    parameters = inspect.signature(_class("monai.networks.nets", network.name)).parameters
     for argument in ("out_channels", "in_channels"):
-        default = inspect.signature(_class("monai.networks.nets", network.name)).parameters[argument].default
-        size = network.arguments.get(argument, default)
-        if type(size) is not int or not 0 < size < _LARGEST_ARGUMENT:
-            raise BundleError(f"{where}: {network.key}::{argument} is {size!r}; expected a number. Mend it.")
+        size = network.arguments.get(argument, parameters[argument].default)
+        if type(size) is not int or size < 1:
+            raise config.fault(f"{network.key}::{argument} is {size!r}; expected a number. Mend it.")
         sizes.append(size)
     return sizes[0], sizes[1]
 
@@ -531,23 +508,40 @@ def _inferer(config: MonaiConfig, network: Call) -> Call:
     name = _INFERERS[config.known(component, _INFERERS, "inferer")]
     wanted = {word: node for word, node in component.arguments.items() if word not in _INFERER_IGNORED}
     arguments = {word: config.value(node, f"inferer::{word}") for word, node in wanted.items()}
-    parent = "SlidingWindowInferer" if name == "SliceInferer" else name
-    rest = {
-        word: value for word, value in arguments.items() if (name, word) != ("SliceInferer", "spatial_dim")
-    }
     call = Call(name, arguments, component.key)
+    parent = (
+        "SlidingWindowInferer" if name == "SliceInferer" else name
+    )  # which takes its arguments as **kwargs
+    own = ("spatial_dim",) if name == "SliceInferer" else ()
+    rest = {word: value for word, value in arguments.items() if word not in own}
     _call(config, component, "monai.inferers", parent, rest)
-    if any(abs(number) > _LARGEST_ARGUMENT for number in _numbers(arguments)):
-        raise config.fault("inferer has arguments that are too large. Do not trust this bundle.")
     flat = network.arguments.get("spatial_dims", 2 if network.name == "FlexibleUNet" else 3) == 2
     if flat != (name == "SliceInferer"):
-        dims = "2D" if flat else "3D"
         raise config.fault(
-            f"the network is {dims} and the inferer is {name}. medseg predicts volumes: a 2D "
-            "network needs a SliceInferer, a 3D one must not have it."
+            f"the network is {'2D' if flat else '3D'} and the inferer is {name}. medseg predicts volumes: a "
+            "2D network needs a SliceInferer, a 3D one must not have it."
         )
+    if name != "SimpleInferer":
+        _check_window(config, arguments, 2 if flat else 3)
     _built(config, call, build_inferer)
     return call
+
+
+def _check_window(config: MonaiConfig, arguments: Mapping[str, Any], dimensions: int) -> None:
+    """Refuse windows that MONAI would stumble over only when it predicts, or that no memory holds."""
+    roi = arguments.get("roi_size")
+    sizes = roi if isinstance(roi, list) else [roi] * dimensions
+    if len(sizes) != dimensions or not all(type(n) is int and n <= _LARGEST_ARGUMENT for n in sizes):
+        raise config.fault(f"inferer::roi_size is {roi!r}; expected {dimensions} sizes in voxels. Mend it.")
+    batch = arguments.get("sw_batch_size", 1)
+    if type(batch) is not int or not 1 <= batch <= _LARGEST_ARGUMENT:
+        raise config.fault(f"inferer::sw_batch_size is {batch!r}; expected a number. Mend it.")
+    overlaps = arguments.get("overlap", 0.25)
+    overlaps = overlaps if isinstance(overlaps, list) else [overlaps] * dimensions
+    if len(list(_numbers(overlaps))) != dimensions or not all(0 <= part < 1 for part in _numbers(overlaps)):
+        raise config.fault(f"inferer::overlap is {overlaps!r}; expected parts from 0 to below 1. Mend it.")
+    if arguments.get("with_coord") or arguments.get("spatial_dim", 0) not in (0, 1, 2):
+        raise config.fault("inferer has with_coord or another spatial_dim than 0, 1 or 2. Mend it.")
 
 
 def _lenient(config: MonaiConfig, *path: str) -> Any:

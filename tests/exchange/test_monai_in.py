@@ -227,6 +227,13 @@ def test_a_pickle_in_the_place_of_weights_is_not_unpickled(tmp_path, canary):
     assert not canary.exists()
 
 
+def test_weights_that_unpack_to_more_than_they_are_are_not_unpacked(tmp_path):
+    root = zoo.write_bundle(tmp_path / "b", "spleen")
+    with zipfile.ZipFile(root / "models" / "model.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", b"\0" * 10**6)
+    assert "unpacks to more" in refusal(root)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00."])
 def test_a_file_that_holds_no_weights_is_one_sentence(content, tmp_path):
     root = zoo.write_bundle(tmp_path / "b", "spleen")
@@ -330,6 +337,7 @@ def test_references_that_multiply_are_refused_quickly(tmp_path):
         ("network_def::channels", [10**6, 10**6, 10**6], "too large"),
         ("network_def::preproces", 1, "'preproces'"),
         ("network_def::out_channels", "two", "out_channels"),
+        ("network_def::in_channels", 0, "in_channels"),
         ("network_def::channels", [4], "UNet"),
         ("preprocessing::transforms::3::pixdim", [1.5, 0, 2], "pixdim"),
         ("preprocessing::transforms::3::pixdim", "wide", "pixdim"),
@@ -340,7 +348,13 @@ def test_references_that_multiply_are_refused_quickly(tmp_path):
         ("postprocessing::transforms::0::other", "$abs", "other"),
         ("postprocessing::transforms::1::transform", "@postprocessing", "transform"),
         ("postprocessing::transforms::2::argmax", False, "argmax"),
-        ("inferer::roi_size", [10**6] * 3, "too large"),
+        ("inferer::roi_size", [10**6] * 3, "roi_size"),
+        ("inferer::roi_size", [96, 96], "roi_size"),
+        ("inferer::roi_size", "96", "roi_size"),
+        ("inferer::sw_batch_size", 0, "sw_batch_size"),
+        ("inferer::overlap", 1.0, "overlap"),
+        ("inferer::overlap", "half", "overlap"),
+        ("inferer::with_coord", True, "with_coord"),
         ("inferer::_target_", "SliceInferer", "3D"),
         ("image_key", "@nothing", "nothing"),
         ("image_key", "%other.json#key", "another file"),
