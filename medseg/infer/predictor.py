@@ -15,7 +15,7 @@ from medseg.errors import BundleError, ConfigError
 from medseg.geometry.orient import from_ras, reads_as_ras
 from medseg.infer.ensemble import Output, combine
 from medseg.infer.runtime import Runtime, choose_runtime, count_threads
-from medseg.infer.sliding import Window, in_half_or_single
+from medseg.infer.sliding import Room, Window, in_half_or_single
 from medseg.labels import LabelSet
 from medseg.preprocess import (
     Preprocessed,
@@ -197,6 +197,7 @@ class Model:
     bundle: Bundle
     options: Options
     networks: dict[str, nn.Module] = field(default_factory=dict)
+    room: Room = field(default_factory=Room)
 
     def __post_init__(self) -> None:
         card = self.bundle.card
@@ -231,6 +232,7 @@ class Model:
             self.runtime.device,
             self.threads,
             self.options.skip_air,
+            room=self.room,
         )
 
     def data(self, volume: Volume, case: Preprocessed, previous: Volume | None = None) -> FloatArray:

@@ -5,7 +5,7 @@ Source: nnU-Net v2 ``inference/predict_from_raw_data.py``.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, TypeVar
 
@@ -113,6 +113,20 @@ def in_half_or_single(run: Callable[[torch.dtype], T], compatible: bool) -> T:
         ) from error
 
 
+@dataclass
+class Room:
+    """What has been learnt about the memory of a device: found out, and said, once for all volumes.
+
+    Attributes
+    ----------
+    batch : tiles that fit at a time, where fewer than planned
+    sums_fit : whether the sums may be on the network's device
+    """
+
+    batch: int | None = None
+    sums_fit: bool = True
+
+
 @dataclass(frozen=True)
 class Window:
     """How networks go over a volume.
@@ -123,6 +137,7 @@ class Window:
     patch_size, n_outputs, mirror_axes, step, device, label : as for :func:`sliding_window`
     threads : CPU threads
     skip_air : leave out tiles that hold only a channel's minimum or padding; see `medseg.infer.Options`
+    room : what earlier volumes have shown about the device's memory
     """
 
     networks: Sequence[Network]
@@ -134,6 +149,7 @@ class Window:
     threads: int
     skip_air: bool = False
     label: str = "Predict tiles"
+    room: "Room" = field(default_factory=Room)
 
     def whole(self, data: FloatArray, dtype: torch.dtype) -> FloatArray:
         """Return the logits of a volume (c, a0, a1, a2) as one array; memory-mapped where very large.
@@ -232,7 +248,6 @@ class _Pass:
         self.groups = self._group()
         self.repeated = self._repeated()
         self.kept: dict[Any, list[Tensor]] = {}
-        self.batch = len(self.groups[0].tiles)
 
     def blocks(self) -> Iterator[Block]:
         """Yield the final blocks."""
@@ -244,11 +259,12 @@ class _Pass:
             for group in self.groups:
                 log.check_cancelled()
                 with torch.inference_mode(), torch_threads(inside):
-                    if not group.air:
-                        self._add(group, self._means(group, outputs, task))
-                for number in range(group.first, group.first + len(group.tiles)):
-                    for place in final.get(number, ()):
+                    means = [] if group.air else self._means(group, outputs, task)
+                for number, tile in enumerate(group.tiles):
+                    self._add(tile, [each[number] for each in means])
+                    for place in final.get(group.first + number, ()):
                         yield self._finish(place)  # held by the receiver alone
+                del means
 
     def _finish(self, place: Place) -> Block:
         with torch.inference_mode():
@@ -285,19 +301,21 @@ class _Pass:
             self.kept[group.key] = means
         return means
 
-    def _add(self, group: _Group, means: list[Tensor]) -> None:
-        for number, tile in enumerate(group.tiles):
-            self.sums.add_weights(tile)
+    def _add(self, tile: Index, means: list[Tensor]) -> None:
+        """Add the logits (n_outputs, *patch) of every network for a tile; none where it is left out."""
+        with torch.inference_mode():
+            if means:
+                self.sums.add_weights(tile)
             for fold, logits in enumerate(means):
-                one = logits[number]
-                self.sums.add(fold, tile, one.unsqueeze(1) if self.window.flat else one)
+                self.sums.add(fold, tile, logits.unsqueeze(1) if self.window.flat else logits)
 
     def _forward(self, unit: _Unit) -> Tensor:
         """Return float32 logits (n, n_outputs, *patch) of one batch, flipped there and back."""
-        parts = [
-            self._run(replace(unit, tiles=unit.tiles[start : start + self.batch]))
-            for start in range(0, len(unit.tiles), self.batch)
-        ]
+        parts, done = [], 0
+        while done < len(unit.tiles):  # the batch may become smaller on the way
+            tiles = unit.tiles[done : done + (self.window.room.batch or len(unit.tiles))]
+            parts.append(self._run(replace(unit, tiles=tiles)))
+            done += len(tiles)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _run(self, unit: _Unit) -> Tensor:
@@ -329,11 +347,14 @@ class _Pass:
         """
         if self.window.device.type == "cuda":
             torch.cuda.empty_cache()
+        room = self.window.room
         if tiles > 1:
-            self.batch = max(1, tiles // 2)
-            log.logger.warning("Memory ran out: going on with %d tiles at a time.", self.batch)
+            if room.batch is None:
+                log.logger.warning("Memory ran out for %d tiles at a time: going on with fewer.", tiles)
+            room.batch = tiles // 2
         elif self.sums.device.type != "cpu":
             log.logger.warning("Memory of %s ran out: going on with sums on the CPU.", self.sums.device)
+            room.sums_fit = False
             self.sums.to(torch.device("cpu"))
         else:
             patch = " x ".join(map(str, self.window.patch_size))
@@ -394,7 +415,7 @@ class _Pass:
     def _fits(self) -> bool:
         """Return whether the sums fit onto the network's device, beside its features."""
         device = self.window.device
-        if device.type != "cuda":
+        if device.type != "cuda" or not self.window.room.sums_fit:
             return False
         free, _ = torch.cuda.mem_get_info(device)
         return self.sums.bytes < 0.5 * free

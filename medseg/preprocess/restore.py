@@ -233,7 +233,8 @@ def _elect(brick: Brick, margin: float) -> Array | int:
     float16 logits that differ still do so after interpolation and rounding; for float32 the margin does it.
     """
     bar = float(brick.low.max())
-    able = np.flatnonzero(brick.high >= bar - margin * np.maximum(np.abs(brick.high), abs(bar)))
+    high = brick.high + margin * np.maximum(np.abs(brick.high), abs(bar)) if margin else brick.high
+    able = np.flatnonzero(high >= bar)
     if len(able) == 1:
         return int(able[0])
     best: FloatArray = brick.sample(int(able[0])).numpy()
