@@ -325,6 +325,12 @@ class _Run:
         """What is known by now, in the order of the cases."""
         return [self.rows[case.name] for case in self.cases if case.name in self.rows]
 
+    @cached_property
+    def needs_voxels(self) -> bool:
+        """Whether voxels are wanted after preprocessing: by a cascade, for its first stage."""
+        bundles = _bundles(self.predictor)
+        return not bundles or any(bundle.settings.previous_stage for bundle in bundles)
+
     def has_room(self, case: Case) -> bool:
         """Return whether a case can be read while others are held."""
         free = free_memory() if self.memory is None else self.memory
@@ -339,7 +345,8 @@ class _Run:
             if case.name not in self.first_stages:
                 raise ReadError(f"{case.name}: has no label map of the first stage. Predict it first.")
             first = _first_stage(self.first_stages[case.name], volume, self.predictor.labels)
-        return _Loaded(volume, self.predictor.prepare(volume), hashes, first)
+        prepared = self.predictor.prepare(volume)
+        return _Loaded(volume if self.needs_voxels else _emptied(volume), prepared, hashes, first)
 
     def predict(self, case: Case, loaded: _Loaded) -> _Predicted:
         """Run the network, all the way to the label map."""
@@ -528,6 +535,11 @@ def _targets(cases: Sequence[Case], source: PathLike, output: PathLike) -> Itera
         if any(target.resolve() == path.resolve() for path in case.images):
             raise ConfigError(f"{target}: the label map would replace its image. Choose another output.")
         yield case, target
+
+
+def _emptied(volume: Volume) -> Volume:
+    """Return the grid of a volume with zeros that take no memory."""
+    return volume.with_array(np.broadcast_to(np.zeros((), volume.array.dtype), volume.array.shape))
 
 
 def _hangs(case: Case) -> MedsegError:

@@ -746,3 +746,22 @@ def test_a_bundle_of_monai_is_a_model_like_any_other(tmp_path):
         predict_folder(path, model, tmp_path / "other", previous_labels=path.parent, device="cpu")
     with pytest.raises(BundleError, match="not averaged"):
         predict_folder(path, [model, model], tmp_path / "other", device="cpu")
+
+
+def test_the_voxels_of_a_case_are_let_go_of_once_it_is_preprocessed(cascade, bundle, images, tmp_path):
+    """But for a cascade, which needs them for its first stage."""
+    held = []
+
+    def record(original):
+        def stage(self, case, loaded):
+            held.append(int(np.count_nonzero(loaded.volume.array)))
+            return original(self, case, loaded)
+
+        return stage
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline._Run, "predict", record(pipeline._Run.predict))
+        predict_folder(images, bundle, tmp_path / "a", **FAST)
+        assert held == [0, 0, 0]
+        predict_folder(images, cascade[0], tmp_path / "b", previous=cascade[1], **FAST)
+        assert min(held[3:]) > 0

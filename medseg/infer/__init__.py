@@ -53,7 +53,10 @@ class Segmenter(Protocol):
         probabilities: PathLike | None = None,
         previous: Volume | None = None,
     ) -> Segmentation:
-        """Segment a volume with the result of :meth:`prepare`."""
+        """Segment a volume with the result of :meth:`prepare`.
+
+        A model with a plan wants the voxels of `volume` again only for the first stage of a cascade.
+        """
 
     def segment(
         self, volume: Volume, probabilities: PathLike | None = None, previous: Volume | None = None
