@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -151,18 +151,11 @@ class Session:
     def run(self) -> str:
         """Do the steps; return why it ended."""
         progress, per_epoch = self.progress, self.job.config.steps_per_epoch
-        fraction, cancelled = self.agree()
-        stream = batches(
-            self.job.train,
-            progress.step,
-            self.job.batch_size,
-            self.fabric.global_rank,
-            self.fabric.world_size,
-            self.job.config.loader_threads,
-        )
+        stream = self._stream()
         with log.task(self.job.title, BAR_STEPS) as task:
             shown = 0
-            while not self.progress.ended:
+            fraction, cancelled = self.agree()
+            while not progress.ended:
                 if cancelled:  # after the end of an epoch, never instead of it
                     raise Cancelled(
                         f"{self.job.title}: stopped at step {progress.step}, the state is saved. "
@@ -170,14 +163,18 @@ class Session:
                     )
                 self.step(fraction, *next(stream))
                 fraction, cancelled = self.agree()
-                note = ""
-                if fraction >= 1.0 or progress.step % per_epoch == 0:
-                    note = self.end_epoch(fraction)
+                ends = fraction >= 1.0 or progress.step % per_epoch == 0
+                note = self.end_epoch(fraction) if ends else ""
                 now = int(BAR_STEPS * fraction)
                 task.advance(now - shown, note, check=False)
                 shown = now
                 self._save_sometimes()
-        return self.progress.ended
+        return progress.ended
+
+    def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
+        job, fabric = self.job, self.fabric
+        shares = (fabric.global_rank, fabric.world_size)
+        return batches(job.train, self.progress.step, job.batch_size, *shares, job.config.loader_threads)
 
     def agree(self) -> tuple[float, bool]:
         """Return the fraction of the schedule that is done, and whether any process was asked to stop.
@@ -211,14 +208,7 @@ class Session:
 
     def end_epoch(self, fraction: float) -> str:
         """Validate, log, keep the best, see whether to go on, checkpoint; return a short status text."""
-        job, progress = self.job, self.progress
-        loss = float(torch.stack(self.losses).mean()) if self.losses else math.nan
-        self.losses.clear()
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"{job.title}: the loss is {loss} at step {progress.step}. Lower the learning rate "
-                "(optimizer.lr=...), or set precision=fp32; the last good state is kept."
-            )
+        job, progress, loss = self.job, self.progress, self._take_mean_loss()
         epoch = -(-progress.step // job.config.steps_per_epoch)
         row: dict[str, Any] = {"epoch": epoch, "step": progress.step, "loss": round(loss, 6)}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -237,6 +227,16 @@ class Session:
         progress.ended = COMPLETE if fraction >= 1.0 else self._reason_to_stop(epoch)
         self.save()
         return note
+
+    def _take_mean_loss(self) -> float:
+        loss = float(torch.stack(self.losses).mean()) if self.losses else math.nan
+        self.losses.clear()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"{self.job.title}: the loss is {loss} at step {self.progress.step}. Lower the learning rate "
+                "(optimizer.lr=...), or set precision=fp32; the last good state is kept."
+            )
+        return loss
 
     def validate(self, sampler: Sampler) -> dict[str, float]:
         """Return Dice per foreground entry, pooled over the validation patches."""

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
@@ -194,22 +195,23 @@ def batches(
         return images, torch.from_numpy(np.stack([s.seg for s in samples]))
 
     executor = ThreadPoolExecutor(threads, "loader", torch.set_num_threads, (1,))
-    waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
-    step = first_step
     try:
-        while True:
-            while len(waiting) < threads + 1:
-                waiting.append(executor.submit(make, step))
-                step += 1
-            try:
-                yield waiting.popleft().result(timeout=LOADER_TIMEOUT_SECONDS)
-            except TimeoutError as error:
-                raise TrainingError(
-                    f"batch {step} was not ready after {LOADER_TIMEOUT_SECONDS:.0f} s. "
-                    "Check that the disk with the run folder answers, then resume."
-                ) from error
+        waiting = deque(executor.submit(make, first_step + ahead) for ahead in range(threads))
+        for step in count(first_step):
+            waiting.append(executor.submit(make, step + threads))
+            yield _made(waiting.popleft(), step)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _made(batch: Future[tuple[Tensor, Tensor]], step: int) -> tuple[Tensor, Tensor]:
+    try:
+        return batch.result(timeout=LOADER_TIMEOUT_SECONDS)
+    except TimeoutError as error:
+        raise TrainingError(
+            f"batch {step} was not ready after {LOADER_TIMEOUT_SECONDS:.0f} s. "
+            "Check that the disk with the run folder answers, then resume."
+        ) from error
 
 
 def validation_batches(
