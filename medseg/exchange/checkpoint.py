@@ -103,10 +103,8 @@ def _load(source: Path | bytes, where: str) -> Any:
     if not size:
         raise BundleError(f"{where}: is empty. Copy it again.")
     stream: Path | IO[bytes] = source if isinstance(source, Path) else BytesIO(source)
-    packed = zipfile.is_zipfile(stream)
-    if packed:
-        _check_growth(stream, size, where)
-    mapped = packed and isinstance(source, Path)
+    # Mapping takes bytes as they lie in the file: not those that another tool deflated.
+    mapped = zipfile.is_zipfile(stream) and _is_stored(stream, size, where) and isinstance(source, Path)
     file = str(source) if isinstance(source, Path) else BytesIO(source)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(ALLOWED):
@@ -119,14 +117,17 @@ def _load(source: Path | bytes, where: str) -> Any:
         raise BundleError(f"{where}: is damaged or no checkpoint ({reason}). Copy it again.") from error
 
 
-def _check_growth(stream: Path | IO[bytes], size: int, where: str) -> None:
+def _is_stored(stream: Path | IO[bytes], size: int, where: str) -> bool:
+    """Return whether nothing in a packed checkpoint is compressed; refuse one that grows too much."""
     try:
         with zipfile.ZipFile(stream) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
+            members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise BundleError(f"{where}: is damaged ({error}). Copy it again.") from error
+    unpacked = sum(member.file_size for member in members)
     if unpacked > size + MAX_GROWTH_BYTES:
         raise BundleError(f"{where}: unpacks from {size} to {unpacked} bytes. Do not trust this file.")
+    return all(member.compress_type == zipfile.ZIP_STORED for member in members)
 
 
 def _refusal(reason: str, where: str) -> str:

@@ -222,6 +222,17 @@ def test_a_checkpoint_in_torchs_old_format_loads(tmp_path):
     assert same(load_nnunet(zipped(model, tmp_path / "m.zip")).state_dict("0"), own(weights))
 
 
+def test_a_checkpoint_that_another_tool_packed_again_loads(tmp_path):
+    model = write_model(tmp_path / "m")
+    file = model / "fold_0/checkpoint_final.pth"
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert same(load_nnunet(model).state_dict("0"), own(random_weights(plans(), DATASET, FULLRES)))
+
+
 def test_numbers_of_numpys_old_module_are_read(tmp_path):
     model = write_model(tmp_path / "m")
     file = model / "fold_0/checkpoint_final.pth"
