@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -13,7 +13,8 @@ from medseg.cli.progress import TerminalListener
 from medseg.files import discard_unfinished
 
 # The work has this long to stop by itself; the command is gone within two seconds.
-GRACE_SECONDS = 1.6
+GRACE_SECONDS = 1.5
+TIDY_SECONDS = 0.3
 # These finish the step and save the state, however long that takes.
 PATIENT = ("train", "demo")
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -77,20 +78,24 @@ def mortal() -> Iterator[None]:
 
 def leave(code: int) -> NoReturn:
     """End the process now: threads that compute, or wait for a dead disk, would be waited for otherwise."""
+    tidying = threading.Thread(target=_tidy, daemon=True)
+    with suppress(RuntimeError):  # no more threads
+        tidying.start()
+        tidying.join(TIDY_SECONDS)
+    os._exit(code)
+
+
+def _tidy() -> None:
+    """Leave nothing half-written and the terminal as it was; any of it may hang."""
     discard_unfinished()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, RuntimeError):  # closed, or in the middle of a write
-            continue
     if sys.stderr.isatty():
         _say("\x1b[?25h")  # a live display hides the cursor
-    os._exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, RuntimeError):  # closed, or in the middle of a write
+            stream.flush()
 
 
 def _say(text: str) -> None:
     """Write to stderr from a signal handler, where Python's own streams may be in the middle of a write."""
-    try:
+    with suppress(OSError):
         os.write(2, text.encode())
-    except OSError:
-        return

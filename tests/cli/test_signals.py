@@ -65,3 +65,13 @@ def test_who_does_not_stop_is_ended_and_leaves_nothing_unfinished(tmp_path: Path
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130 and said.strip() == "Stopping."
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_hangs_does_not_keep_the_process() -> None:
+    code = """
+import time
+from medseg.cli import signals
+signals.discard_unfinished = lambda: time.sleep(60)
+signals.leave(7)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 7
