@@ -8,6 +8,7 @@ holds two volumes and not one for each of a hundred classes.
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from medseg.infer.runtime import Runtime, choose_runtime, count_threads, torch_t
 from medseg.labels import LabelSet
 from medseg.postprocess import keep_largest
 from medseg.segmentation import Segmentation
-from medseg.types import IntArray, PathLike
+from medseg.types import FloatArray, IntArray, PathLike
 from medseg.volume import Geometry, Volume
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ CHUNK_BYTES = 1 << 30
 BYTES_PER_VALUE = 16
 # What preprocessing may make of an image: 16 GB of float32.
 MOST_VOXELS = 1 << 32
+# Part of a voxel size: reading turns a column by less than 1e-12; float32 numbers that are not its own miss it
+# by about 1e-9 or more.
+HEADER_TOLERANCE = 1e-11
 MILLIMETRES = {"mm": 1.0, "micron": 1e-3}
 
 
@@ -377,8 +381,28 @@ class _WayBack:
 def _to_metatensor(volume: Volume) -> "MetaTensor":
     """Return float32 values with an affine in mm, as MONAI's LoadImage would."""
     tensor = volume.with_array(volume.array.astype(np.float32)).to_metatensor()
+    tensor.affine[:3, :] = torch.from_numpy(_as_in_header(volume.geometry.affine)[:3])
     tensor.affine[:3] *= MILLIMETRES[volume.geometry.unit]
     return tensor
+
+
+def _as_in_header(affine: FloatArray) -> FloatArray:
+    """Return the float32 numbers of the NIfTI header that an affine comes from, where it comes from one.
+
+    medseg scales each column of a header's affine to the voxel size in the same header, which changes about
+    the eighth digit. MONAI does not, and the ninth digit of an oblique affine decides whether its Spacing
+    puts the corners or the centres of two grids on each other (``compute_shape_offset``, an ``allclose``).
+    """
+    result = affine.copy()
+    for axis, column in enumerate(affine[:3, :3].T):
+        near = column.astype(np.float32)
+        steps = [(x, np.nextafter(x, np.float32(-np.inf)), np.nextafter(x, np.float32(np.inf))) for x in near]
+        candidates = np.array(list(product(*steps)), dtype=np.float64)
+        scaled = candidates * (np.linalg.norm(column) / np.linalg.norm(candidates, axis=1, keepdims=True))
+        misses = np.abs(scaled - column).max(axis=1)
+        if misses.min() <= HEADER_TOLERANCE * np.linalg.norm(column):
+            result[:3, axis] = candidates[misses.argmin()]
+    return result
 
 
 def _activate(outputs: Tensor, kind: str | None) -> None:

@@ -365,11 +365,11 @@ def write_bundle(root, name, settings=None, weights="model.pt", suffix=".json"):
     return root
 
 
-def write_image(folder, channels=1, shape=(40, 36, 20), codes="LPS", spacing=(1.13, 1.21, 2.29), tilt=True):
+def write_image(folder, channels=1, shape=(40, 36, 20), codes="LPS", spacing=(1.2, 0.75, 3.0), tilt=True):
     """Write NIfTI files of smooth structures, one a channel; return their paths.
 
-    Spacings that are no simple ratio of the bundles' keep voxels of one grid from lying exactly half way
-    between those of the other, where nearest neighbours hang on the last bit of an oblique affine.
+    The grid is oblique and its spacings are simple ratios of the bundles': the last bit of the affine then
+    decides about shapes and nearest neighbours.
     """
     from scipy.ndimage import gaussian_filter
 
