@@ -1,4 +1,4 @@
-"""``medseg info``: what a bundle, a run, a dataset, an image or a plan is."""
+"""``medseg info``: what a model, a run, a dataset, an image or a plan is."""
 
 import json as json_module
 import math
@@ -23,7 +23,7 @@ def info(
         Path,
         typer.Argument(
             readable=False,  # an unreadable file is an error of medseg's table, not of the command line
-            help="Bundle, run folder, dataset, image, or plan (YAML or JSON).",
+            help="Bundle, model of nnU-Net, run folder, dataset, image, or plan (YAML or JSON).",
         ),
     ],
     json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
@@ -52,6 +52,8 @@ def _describe(path: Path) -> dict[str, Any]:
         from medseg.bundle import load_bundle
 
         return _bundle_facts(load_bundle(path))
+    if path.suffix == ".zip":
+        return _nnunet_facts(path)
     if path.suffix in (".csv", ".tsv"):
         return _dataset_facts(path)
     if path.suffix in (".yaml", ".yml", ".json"):
@@ -61,9 +63,12 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _folder_facts(path: Path) -> dict[str, Any]:
     from medseg.bundle import load_bundle
+    from medseg.exchange.nnunet import is_nnunet_model
 
     if (path / "bundle.yaml").exists() or (path / "bundle").is_dir():
         return _bundle_facts(load_bundle(path))
+    if is_nnunet_model(path):
+        return _nnunet_facts(path)
     folds = sorted(fold for fold in path.glob("fold_*") if fold.is_dir())
     if folds or (path / "plan.yaml").exists():
         return {
@@ -73,6 +78,12 @@ def _folder_facts(path: Path) -> dict[str, Any]:
             "epochs": {fold.name: _count_lines(fold / "log.jsonl") for fold in folds},
         }
     return _dataset_facts(path)
+
+
+def _nnunet_facts(path: Path) -> dict[str, Any]:
+    from medseg.exchange.nnunet import load_nnunet
+
+    return {**_bundle_facts(load_nnunet(path)), "kind": "nnU-Net model"}
 
 
 def _count_lines(path: Path) -> int:

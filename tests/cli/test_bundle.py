@@ -122,3 +122,13 @@ def test_an_exported_dataset_json_says_where_it_comes_from(tmp_path):
     run("export", write_model(tmp_path / "model"), "--to", "nnunet", "-o", tmp_path / "out")
     written = yaml.safe_load((tmp_path / "out" / "dataset.json").read_text())
     assert written["description"].startswith("Exported by medseg")
+
+
+def test_info_says_what_a_model_of_nnunet_is(tmp_path):
+    model = write_model(tmp_path / "model", folds=(0, 1))
+    shutil.make_archive(str(tmp_path / "model"), "zip", model)
+    for path in (model, tmp_path / "model.zip"):
+        result = CliRunner().invoke(app, ["info", str(path), "--json"])
+        facts = json.loads(result.output)
+        assert facts["kind"] == "nnU-Net model" and facts["folds"] == ["0", "1"]
+        assert facts["card"]["trainer"] == "nnUNetTrainer"
