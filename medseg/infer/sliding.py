@@ -262,9 +262,12 @@ class _Pass:
                     means = [] if group.air else self._means(group, outputs, task)
                 for number, tile in enumerate(group.tiles):
                     self._add(tile, [each[number] for each in means])
+                    if number + 1 == len(group.tiles):
+                        means = []  # not needed while the receiver works
+                    if tile[2].stop == self.grid.shape[2]:
+                        self.sums.rest()  # the next line of tiles is elsewhere
                     for place in final.get(group.first + number, ()):
                         yield self._finish(place)  # held by the receiver alone
-                del means
 
     def _finish(self, place: Place) -> Block:
         with torch.inference_mode():

@@ -6,12 +6,13 @@ logits are kept in chunks between the starts of tiles, and a chunk goes as soon 
 memory holds about one patch of rows, whatever the length of the volume.
 """
 
+import mmap
 import tempfile
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +29,8 @@ CHUNK_VALUES = 1 << 21
 LINES_OF_PATCH = 0.7
 # Values of a tile that are weighted and added at once: float32 with two temporaries stays in the cache.
 STEP_VALUES = 1 << 17
-# Sums larger than this are kept in a file instead of memory, where a whole volume is wanted.
-MEMORY_BYTES = 2 << 30
+# Sums larger than this are kept in files, whose pages leave memory while no tile touches them.
+MEMORY_BYTES = 1 << 30
 # Logit of the background, and minus that of all else, where every tile was left out.
 AIR_LOGIT = 20.0
 
@@ -72,13 +73,17 @@ class Grid:
         lines = _borders(starts[1], shape[1], least if n_values else shape[1])
         return cls(tiles, shape, patch, inner, rows, lines)
 
+    def places(self, tile: Index) -> list["Place"]:
+        """Return the chunks that a tile touches."""
+        lines = _bands(self.lines, tile[1])
+        return [Place(row, line) for row in _bands(self.rows, tile[0]) for line in lines]
+
     def final_places(self) -> dict[int, list["Place"]]:
         """Return which chunks are final after a tile, by the tile's number."""
         last: dict[Place, int] = {}
         for number, tile in enumerate(self.tiles):
-            for row in _bands(self.rows, tile[0]):
-                for line in _bands(self.lines, tile[1]):
-                    last[Place(row, line)] = number
+            for place in self.places(tile):
+                last[place] = number
         final: dict[int, list[Place]] = {}
         for place in sorted(last):
             final.setdefault(last[place], []).append(place)
@@ -110,11 +115,19 @@ class _Chunk:
     sums : one tensor a fold, (n_outputs, front + rows, front + lines, a2)
     weights : (front + rows, front + lines, a2)
     origin : padded row and line of the first of the sums
+    files : what the sums are mapped to, if anything
     """
 
     sums: list[Tensor]
     weights: Tensor
     origin: tuple[int, int]
+    files: list[mmap.mmap]
+
+    def rest(self) -> None:
+        """Let the pages of mapped sums go to their files; the next access brings them back."""
+        for file in self.files:
+            if hasattr(mmap, "MADV_DONTNEED"):  # of a shared mapping this loses nothing
+                file.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass
@@ -153,8 +166,8 @@ class Sums:
 
     @property
     def bytes(self) -> int:
-        """The most that the sums take: rows that tiles of one place along the first axis touch, all folds."""
-        rows = min(self.grid.shape[0], self.grid.patch[0] + _widest(self.grid.rows))
+        """What the sums take: the rows that tiles of one place along the first axis touch, of all folds."""
+        rows = self.grid.patch[0] if len(self.grid.rows) > 2 else self.grid.shape[0]
         values = rows * self.grid.shape[1] * self.grid.shape[2]
         return int(values * (self.n_outputs * self.folds + 1) * self.dtype.itemsize)
 
@@ -212,6 +225,11 @@ class Sums:
             target.copy_(half.copy_(single))
 
         return add
+
+    def rest(self) -> None:
+        """Let mapped sums go; the next tiles bring back what they touch."""
+        for chunk in self._chunks.values():
+            chunk.rest()
 
     def finish(self, place: Place) -> Block:
         """Return the mean logits of a chunk, all of whose tiles have come, and forget it.
@@ -278,19 +296,18 @@ class Sums:
 
     def _parts(self, tile: Index) -> Iterator[tuple[_Chunk, Index, Index]]:
         """Yield the chunks that a tile touches, where in them, and with which part of the tile."""
-        for row in _bands(self.grid.rows, tile[0]):
-            for line in _bands(self.grid.lines, tile[1]):
-                place = Place(row, line)
-                if place not in self._chunks:
-                    self._chunks[place] = self._new(place)
-                chunk = self._chunks[place]
-                borders = (self.grid.rows[row : row + 2], self.grid.lines[line : line + 2])
-                where, part = [], []
-                for axis, (start, stop) in enumerate(borders):
-                    first, last = max(tile[axis].start, start), min(tile[axis].stop, stop)
-                    where.append(slice(first - chunk.origin[axis], last - chunk.origin[axis]))
-                    part.append(slice(first - tile[axis].start, last - tile[axis].start))
-                yield chunk, (*where, tile[2]), (*part, slice(None))
+        for place in self.grid.places(tile):
+            if place not in self._chunks:
+                self._chunks[place] = self._new(place)
+            chunk = self._chunks[place]
+            row, line = place
+            borders = (self.grid.rows[row : row + 2], self.grid.lines[line : line + 2])
+            where, part = [], []
+            for axis, (start, stop) in enumerate(borders):
+                first, last = max(tile[axis].start, start), min(tile[axis].stop, stop)
+                where.append(slice(first - chunk.origin[axis], last - chunk.origin[axis]))
+                part.append(slice(first - tile[axis].start, last - tile[axis].start))
+            yield chunk, (*where, tile[2]), (*part, slice(None))
 
     def _new(self, place: Place) -> _Chunk:
         front = (int(place.row > 0), int(place.line > 0))
@@ -300,8 +317,40 @@ class Sums:
             self.grid.lines[place.line + 1] - origin[1],
             self.grid.shape[2],
         )
-        sums = [_zeros((self.n_outputs, *size), self.dtype, self.device) for _ in range(self.folds)]
-        return _Chunk(sums, _zeros(size, self.dtype, self.device), origin)
+        sums, files = [], []
+        for _ in range(self.folds):
+            zeros, file = self._zeros(size)
+            sums.append(zeros)
+            files += [] if file is None else [file]
+        return _Chunk(sums, torch.zeros(size, dtype=self.dtype, device=self.device), origin, files)
+
+    def _zeros(self, size: Shape) -> tuple[Tensor, mmap.mmap | None]:
+        """Return (n_outputs, *size) zeros, and the file that they are mapped to if memory would be short.
+
+        On a CPU their pages are taken where they are written. Rows run outermost where there are bands,
+        since the later rows of a band are written later.
+        """
+        banded = len(self.grid.rows) > 2
+        shape = (size[0], self.n_outputs, *size[1:]) if banded else (self.n_outputs, *size)
+        file = None
+        if self.device.type != "cpu":
+            zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        else:
+            kind = np.float16 if self.dtype == torch.float16 else np.float32
+            if self.bytes > MEMORY_BYTES:
+                file = _temporary_file(prod(shape) * self.dtype.itemsize)
+                array = np.frombuffer(file, dtype=kind).reshape(shape)
+            else:
+                array = np.zeros(shape, dtype=kind)
+            zeros = torch.from_numpy(array)
+        return zeros.transpose(0, 1) if banded else zeros, file
+
+
+def _temporary_file(size: int) -> mmap.mmap:
+    """Return the memory map of a file of zeros that disappears with it."""
+    with tempfile.TemporaryFile(prefix="medseg-logits-") as file:
+        file.truncate(size)
+        return mmap.mmap(file.fileno(), size)
 
 
 def _overlap(where: Index, part: Index, some: slice) -> tuple[Index, Index]:
@@ -331,15 +380,3 @@ def _is_finite(values: Tensor) -> bool:
     bits = values.view(torch.int16 if half else torch.int32)
     limit = 0x7C00 if half else 0x7F800000
     return bool((bits & (0x7FFF if half else 0x7FFFFFFF)).max() < limit)
-
-
-def _zeros(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros; on a CPU their memory is taken where they are written, or in a file if they are many."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    kind = np.float16 if dtype == torch.float16 else np.float32
-    if int(np.prod(shape)) * dtype.itemsize <= MEMORY_BYTES:
-        return torch.from_numpy(np.zeros(shape, dtype=kind))
-    with tempfile.TemporaryFile(prefix="medseg-logits-") as file:
-        file.truncate(int(np.prod(shape)) * dtype.itemsize)
-        return torch.from_numpy(np.memmap(file, dtype=kind, mode="r+", shape=shape))

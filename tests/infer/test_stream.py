@@ -27,6 +27,7 @@ CLASSES = LabelSet.parse({"background": 0, "a": 1, "b": 2})
 def crumbs(monkeypatch):
     """Cut everything as small as it goes."""
     monkeypatch.setattr(stream, "CHUNK_VALUES", 1)
+    monkeypatch.setattr(stream, "MEMORY_BYTES", 100)
     monkeypatch.setattr(stream, "LINES_OF_PATCH", 0.0)
     monkeypatch.setattr(stream, "STEP_VALUES", 50)
     monkeypatch.setattr(bricks, "BRICK_VOXELS", 40)
@@ -73,14 +74,16 @@ def joined(blocks, shape):
     mirror=st.booleans(),
     dtype=st.sampled_from([torch.float16, torch.float32]),
     least=st.sampled_from([1, 400, 1 << 21]),
+    memory=st.sampled_from([100, 1 << 30]),
 )
-def test_blocks_are_the_whole_volume_cut(shape, flat, folds, mirror, dtype, least):
+def test_blocks_are_the_whole_volume_cut(shape, flat, folds, mirror, dtype, least, memory):
     dims = 2 if flat else 3
     networks = [convolution(seed, dims=dims) for seed in range(folds)]
     seen = window(networks, (6,) * dims, mirror=(0,) if mirror else ())
     data = noise((1, *shape))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "CHUNK_VALUES", least)
+        patch.setattr(stream, "MEMORY_BYTES", memory)
         patch.setattr(stream, "LINES_OF_PATCH", 0.0)
         cut = joined(seen.blocks(data, dtype), (3, *shape))
     whole = seen.whole(data, dtype)
