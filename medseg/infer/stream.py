@@ -26,6 +26,7 @@ from medseg.types import Shape
 # Values of a chunk, at least: smaller ones are not worth the calls.
 CHUNK_VALUES = 1 << 21
 # Lines of a chunk, at least, as a part of the patch: a tile then touches two bands of lines, seldom three.
+# Not where sums are kept in files: what a line of tiles does not touch should lie apart from what it does.
 LINES_OF_PATCH = 0.7
 # Values of a tile that are weighted and added at once: float32 with two temporaries stays in the cache.
 STEP_VALUES = 1 << 17
@@ -69,7 +70,9 @@ class Grid:
         wanted = CHUNK_VALUES // n_values if n_values else 0
         rows = _borders(starts[0], shape[0], wanted // (shape[1] * shape[2]) if n_values else shape[0])
         thickest = _widest(rows)
-        least = max(wanted // (thickest * shape[2]), ceil(LINES_OF_PATCH * patch[1]))
+        least = wanted // (thickest * shape[2])
+        if 2 * n_values * patch[0] * shape[1] * shape[2] <= MEMORY_BYTES:
+            least = max(least, ceil(LINES_OF_PATCH * patch[1]))
         lines = _borders(starts[1], shape[1], least if n_values else shape[1])
         return cls(tiles, shape, patch, inner, rows, lines)
 
