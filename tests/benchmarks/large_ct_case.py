@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def predict_medseg(folder: Path, output: Path, classes: int, kind: str, stages: 
 
     bundle = load_bundle(folder / f"bundle_{classes}")
     options = Options(mirror=False, device="cpu", precision="fp32", threads=1)
+    if hasattr(options, "runtime"):
+        options = replace(options, runtime="torch")
     predictor = Predictor(bundle, options)
     predictor.models[0].networks["0"] = stand_in(classes, bundle.settings.patch_size, kind, stages)
     stages.wrap(pipeline, "read_image", "load")
@@ -97,6 +100,7 @@ def predict_medseg(folder: Path, output: Path, classes: int, kind: str, stages: 
     stages.seconds["start-up"] = time.process_time()
     (done,) = pipeline.predict_folder(folder / "images", predictor, output)
     assert done.status == "done", done.error
+    assert "network" in stages.seconds, "medseg ran a network of its own"
 
 
 def predict_nnunet(folder: Path, output: Path, classes: int, kind: str, stages: Stages) -> None:
