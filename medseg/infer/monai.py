@@ -38,8 +38,8 @@ CHUNK_BYTES = 1 << 30
 BYTES_PER_VALUE = 16
 # What preprocessing may make of an image: 16 GB of float32.
 MOST_VOXELS = 1 << 32
-# Part of a voxel size: reading turns a column by less than 1e-12; float32 numbers that are not its own miss it
-# by about 1e-9 or more.
+# Part of a voxel size: reading turns a column by less than 1e-12; float32 numbers that are not its own miss
+# it by about 1e-9 or more.
 HEADER_TOLERANCE = 1e-11
 MILLIMETRES = {"mm": 1.0, "micron": 1e-3}
 
@@ -80,6 +80,8 @@ class MonaiPredictor:
             raise ConfigError(f"{self.model}: a MONAI bundle does not say which axes may be mirrored.")
         if options.step != Options().step:
             log.logger.warning("%s: tiles overlap as the bundle says; --step is ignored.", self.model)
+        if getattr(options, "runtime", "torch") == "openvino":
+            log.logger.warning("%s: MONAI bundles run on torch; --runtime is ignored.", self.model)
         self.runtime = choose_runtime(options.device, options.precision or "fp32")
         if options.precision is None and self.model.amp and self.runtime.device.type == "cuda":
             self.runtime = choose_runtime(options.device, "fp16")  # as MONAI's evaluator would

@@ -347,6 +347,13 @@ def test_a_step_is_ignored_with_one_line(jobs, caplog):
     assert "--step is ignored" in caplog.text
 
 
+def test_another_runtime_is_ignored_with_one_line(jobs, caplog):
+    options = Options(threads=1)
+    object.__setattr__(options, "runtime", "openvino")
+    MonaiPredictor(load_monai_bundle(jobs["spleen"]["root"]), options)
+    assert "--runtime is ignored" in caplog.text
+
+
 def test_a_first_stage_is_refused(jobs):
     volume = read(jobs["spleen"])
     with pytest.raises(ConfigError, match="no first stage"):
