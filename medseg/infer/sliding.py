@@ -16,8 +16,9 @@ from torch import Tensor
 from medseg import log
 from medseg.errors import BundleError, ResourceError
 from medseg.geometry.tiles import pad_to, tile_slices
-from medseg.infer.runtime import count_threads, in_order, torch_threads
+from medseg.infer.runtime import count_threads, torch_threads
 from medseg.infer.stream import Grid, Index, NotFiniteError, Place, Sums
+from medseg.infer.workers import in_order
 from medseg.preprocess import Block
 from medseg.types import FloatArray, Shape
 

@@ -1,7 +1,10 @@
 """Laws of the sliding window."""
 
 import logging
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from hypothesis import strategies as st
 
 from medseg.errors import BundleError, Cancelled, ConfigError
 from medseg.infer import sliding, sliding_window, stream
-from medseg.infer.runtime import choose_runtime, count_threads, in_order
+from medseg.infer.runtime import choose_runtime, count_threads
+from medseg.infer.workers import in_order
 from medseg.log import Listener, listening
 
 
@@ -176,3 +180,13 @@ def test_threads_below_one_are_refused():
     assert count_threads(None) >= 1
     with pytest.raises(ConfigError, match="at least 1"):
         count_threads(0)
+
+
+def test_a_process_ends_while_a_tile_is_still_being_computed():
+    script = (
+        "import time\nfrom medseg.infer.workers import in_order\n"
+        "next(in_order(lambda n: time.sleep(60 * n) or n, [0, 1, 1], 2))"
+    )
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=50)
+    assert time.monotonic() - began < 50
