@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import medseg
 from medseg.bundle import Bundle
 from medseg.errors import BundleError, ConfigError
 from medseg.geometry.orient import from_ras, reads_as_ras
+from medseg.geometry.tiles import tile_starts
 from medseg.infer.ensemble import Output, combine
 from medseg.infer.runtime import Runtime, choose_runtime, count_threads
 from medseg.infer.sliding import Room, Window, in_half_or_single
@@ -27,7 +29,7 @@ from medseg.preprocess import (
     restore_probabilities,
 )
 from medseg.segmentation import Segmentation
-from medseg.types import FloatArray, PathLike
+from medseg.types import FloatArray, PathLike, Shape
 from medseg.volume import Volume
 
 
@@ -40,6 +42,7 @@ class Options:
     mirror : average over flips of the axes that the bundle allows (card ``mirroring``, else yes)
     precision : auto, fp32, bf16 or fp16 (card ``precision``, else fp32)
     device : auto, cpu, cuda, cuda:N, mps
+    runtime : torch, openvino, or auto: on a CPU the faster of both, where there is enough work to find out
     step : distance of tiles as a part of the patch
     compatible : float16 sums with nnU-Net's roundings, else float32
     threads : CPU threads; None uses every core that this process may use
@@ -57,6 +60,7 @@ class Options:
     threads: int | None = None
     folds: tuple[str, ...] | None = None
     skip_air: bool = False
+    runtime: str = "auto"
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:
@@ -196,13 +200,14 @@ class Model:
 
     bundle: Bundle
     options: Options
-    networks: dict[str, nn.Module] = field(default_factory=dict)
+    networks: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)
+    work_voxels: int | None = None
     room: Room = field(default_factory=Room)
 
     def __post_init__(self) -> None:
         card = self.bundle.card
         precision = self.options.precision or str(card.get("precision", "fp32"))
-        self.runtime: Runtime = choose_runtime(self.options.device, precision)
+        self.runtime: Runtime = choose_runtime(self.options.device, precision, self.options.runtime)
         wanted = self.options.mirror if self.options.mirror is not None else card.get("mirroring", True)
         self.mirror_axes = self.bundle.mirror_axes if wanted else ()
         self.threads = count_threads(self.options.threads)
@@ -247,11 +252,13 @@ class Model:
 
         Without `record` the bundle's mirror axes are flipped, which suits labels without sides.
         """
+        self._expect(data.shape[1:])
         window = self.window(record)
         return in_half_or_single(lambda dtype: window.whole(data, dtype), self.options.compatible)
 
     def restore(self, data: FloatArray, record: Record, path: Path | None) -> Volume:
         """Return labels on the source grid; logits stream through and are never held as a whole."""
+        self._expect(data.shape[1:])
         window, labels, settings = self.window(record), self.bundle.labels, self.bundle.settings
         cut = Way.back(record, settings).streams
 
@@ -299,28 +306,44 @@ class Model:
         left_right = record.left_right_axis - (3 - self.bundle.settings.dimensions)
         return tuple(axis for axis in self.mirror_axes if axis != left_right)
 
+    def _expect(self, shape: Shape) -> None:
+        """Note how much work a case is: it decides whether measuring runtimes is worth it."""
+        voxels = _tiled_voxels(shape, self.bundle.settings.patch_size, self.options.step)
+        self.work_voxels = voxels * 2 ** len(self.mirror_axes) * len(self.folds)
+
     def _callable(self, fold: str) -> Callable[[Tensor], Any]:
         if fold not in self.networks:
-            self.networks[fold] = self.bundle.network(fold).to(self.runtime.device)
-        network = self.networks[fold]
-
-        def call(batch: Tensor) -> Any:
-            with self.runtime.context():
-                return network(batch)
-
-        return call
+            bundle = self.bundle
+            ready = self.runtime.prepare(
+                bundle.network(fold).to(self.runtime.device),
+                bundle.settings.patch_size,
+                bundle.in_channels,
+                self.threads,
+                n_outputs=bundle.labels.n_outputs,
+                work_voxels=self.work_voxels,
+            )
+            self.runtime = ready.runtime  # all folds run in the same one
+            self.networks[fold] = ready
+        return self.networks[fold]
 
     def provenance(self) -> dict[str, Any]:
         """Return what this model is and how it runs, as plain data."""
-        autocast = self.runtime.autocast
         return {
             "bundle": str(self.bundle),
             "sha256": self.bundle.digest,
             "configuration": self.bundle.configuration,
             "folds": list(self.folds),
             "mirror_axes": list(self.mirror_axes),
-            "precision": "fp32" if autocast is None else str(autocast).removeprefix("torch."),
+            "precision": self.runtime.precision,
+            "runtime": self.runtime.backend,
         }
+
+
+def _tiled_voxels(shape: Shape, patch_size: Shape, step: float) -> int:
+    """Return the voxels of all tiles of a volume together."""
+    slices = prod(shape[: len(shape) - len(patch_size)])
+    axes = zip(shape[len(shape) - len(patch_size) :], patch_size, strict=True)
+    return slices * prod(len(tile_starts(max(size, patch), patch, step)) * patch for size, patch in axes)
 
 
 def _check(bundles: Sequence[Bundle]) -> None:

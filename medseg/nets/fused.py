@@ -131,11 +131,14 @@ def _composite(up: _Up, conv: nn.Conv3d) -> nn.Module:
     images = torch.cat([weight, ones.expand(1, *weight.shape[1:])]).movedim(1, -1)
     size = [k + s - 1 for k, s in zip(conv.kernel_size, up.stride, strict=True)]
     result = torch.zeros(images.shape[0], *size, conv.out_channels)
-    tap: tuple[int, ...]
     for tap in product(*(range(k) for k in conv.kernel_size)):
         starts = [k - 1 - t for k, t in zip(conv.kernel_size, tap, strict=True)]
-        place = [slice(start, start + s) for start, s in zip(starts, up.stride, strict=True)]
-        result[:, *place] += images @ taps[:, :, *tap].T
+        place: Any = (
+            slice(None),
+            *(slice(n, n + s) for n, s in zip(starts, up.stride, strict=True)),
+        )
+        at: Any = (..., *tap)
+        result[place] += images @ taps[at].T
     padding = tuple(k - 1 - p for k, p in zip(conv.kernel_size, _padding(conv), strict=True))
     kind: Any = type(up)
     sizes = (tuple(size), up.stride, padding)
