@@ -55,8 +55,8 @@ WRITE_TIMEOUT_SECONDS = 900.0
 NETWORK_TIMEOUT_SECONDS = 1800.0
 # How often the report is brought up to date while cases are predicted.
 REPORT_SECONDS = 5.0
-# Options that change labels, whether or not a predictor says how it followed them.
-SETTINGS = ("runtime", "skip_air")
+# Options that change labels. What "auto" becomes is known only once a network runs.
+SETTINGS = ("precision", "runtime", "skip_air")
 # What a case needs while it is read ahead, for every byte of its unpacked file: mostly int16, held as float32
 # by the volume, its copy in the network's order, the normalised one, and the resampled one.
 BYTES_PER_FILE_BYTE = 8
@@ -393,7 +393,7 @@ class _Run:
         try:
             before = json.loads(self.report.read_text(encoding="utf-8"))
             rows = {row["case"]: row for row in before["cases"] if _is_row(row)}
-            same = _settings(before["provenance"]) == _settings(self.provenance)
+            same = _settings(before) == _settings(self.content())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
         done = {}
@@ -405,26 +405,28 @@ class _Run:
                 done[case.name] = CaseResult(case.name, "skipped", target, row["seconds"], row["inputs"])
         return done
 
-    @cached_property
-    def provenance(self) -> dict[str, Any]:
-        """Models and settings, as the report will hold them."""
-        content: dict[str, Any] = json.loads(json.dumps(self.predictor.provenance()))
+    def content(self) -> dict[str, Any]:
+        """Return what the report holds by now."""
+        provenance = self.predictor.provenance()
         if self.first_stages is None:  # else the hashes of the label maps are with their cases
             stages = [bundle.previous for bundle in _bundles(self.predictor) if bundle.previous]
-            content["first_stages"] = [stage.digest for stage in stages]
-        return {name: getattr(self.predictor.options, name, None) for name in SETTINGS} | content
+            provenance["first_stages"] = [stage.digest for stage in stages]
+        options = self.predictor.options
+        report = {
+            "input": str(self.source),
+            "options": {name: getattr(options, name, None) for name in SETTINGS},
+            "provenance": provenance,
+            "labels": self.predictor.labels.to_dict(),
+            "cases": [result.to_dict() for result in self.results],
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(report))
+        return plain
 
     def write_report(self, at_once: bool = True) -> None:
         """Bring ``predictions.json`` up to date."""
         if not self.rows or (not at_once and time.monotonic() - self.reported < REPORT_SECONDS):
             return
-        report = {
-            "input": str(self.source),
-            "provenance": self.provenance,
-            "labels": self.predictor.labels.to_dict(),
-            "cases": [result.to_dict() for result in self.results],
-        }
-        write_text(self.report, json.dumps(report, indent=1))
+        write_text(self.report, json.dumps(self.content(), indent=1))
         self.reported = time.monotonic()
 
 
@@ -592,15 +594,17 @@ def _reason(case: Case, error: BaseException) -> str:
     return f"{case.name}: {type(error).__name__}: {error}. Run `medseg check` on the folder."
 
 
-# What may differ between two runs that give the same label maps.
-_PLACES = {"medseg", "torch", "device"}
-_MODEL_PLACES = {"bundle", "path"}
+# What may differ between two runs that give the same label maps, or follows from the options.
+_FREE = {"medseg", "torch", "monai", "device"}
+_FREE_OF_MODEL = {"bundle", "path", "precision", "runtime"}
 
 
-def _settings(provenance: Mapping[str, Any]) -> Any:
+def _settings(report: Mapping[str, Any]) -> Any:
     """Return what must agree for two runs to give the same label maps."""
-    models = [{k: v for k, v in model.items() if k not in _MODEL_PLACES} for model in provenance["models"]]
-    return {**{k: v for k, v in provenance.items() if k not in _PLACES}, "models": models}
+    provenance = report["provenance"]
+    models = [{k: v for k, v in model.items() if k not in _FREE_OF_MODEL} for model in provenance["models"]]
+    rest = {k: v for k, v in provenance.items() if k not in _FREE}
+    return {**rest, "models": models}, report["options"]
 
 
 def _is_row(row: Any) -> bool:

@@ -765,3 +765,26 @@ def test_the_voxels_of_a_case_are_let_go_of_once_it_is_preprocessed(cascade, bun
         assert held == [0, 0, 0]
         predict_folder(images, cascade[0], tmp_path / "b", previous=cascade[1], **FAST)
         assert min(held[3:]) > 0
+
+
+def test_continue_does_not_care_when_auto_was_settled(bundle, images, tmp_path, monkeypatch):
+    """A runtime that is chosen with the first case is not another setting than one to be chosen."""
+    original, settled = Predictor.provenance, []
+
+    def provenance(self):
+        content = original(self)
+        content["models"][0] |= {"runtime": settled[0] if settled else "auto"}
+        return content
+
+    def segment_prepared(self, *arguments):
+        settled.append("openvino")
+        return network(self, *arguments)
+
+    network = Predictor.segment_prepared
+    monkeypatch.setattr(Predictor, "provenance", provenance)
+    monkeypatch.setattr(Predictor, "segment_prepared", segment_prepared)
+    predict_folder(images, bundle, tmp_path / "out", **FAST)
+    assert report(tmp_path / "out")["provenance"]["models"][0]["runtime"] == "openvino"
+    settled.clear()
+    results = predict_folder(images, bundle, tmp_path / "out", resume=True, **FAST)
+    assert {r.status for r in results} == {"skipped"}
