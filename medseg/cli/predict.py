@@ -106,7 +106,7 @@ def predict(
     runtime: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", rich_help_panel=RUN, help="torch, openvino, or auto: the faster one here."
+            metavar="NAME", rich_help_panel=RUN, help="torch, openvino, or auto (default): the faster one."
         ),
     ] = None,
     precision: Annotated[
