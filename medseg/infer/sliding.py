@@ -16,7 +16,7 @@ from torch import Tensor
 from medseg import log
 from medseg.errors import BundleError, ResourceError
 from medseg.geometry.tiles import pad_to, tile_slices
-from medseg.infer.runtime import count_threads, torch_threads
+from medseg.infer.runtime import count_threads, is_out_of_memory, tiles_at_once, torch_threads
 from medseg.infer.stream import Grid, Index, NotFiniteError, Place, Sums
 from medseg.infer.workers import in_order
 from medseg.preprocess import Block
@@ -26,10 +26,6 @@ from medseg.types import FloatArray, Shape
 BATCH_VOXELS = {"cpu": 1 << 16, "cuda": 1 << 21}
 # Tiles below this many voxels gain nothing from several threads inside one operation.
 SMALL_VOXELS = 1 << 17
-# Features of a tile: about four maps of 32 float32 channels at once.
-BYTES_PER_VOXEL = 512
-# Tiles run side by side up to this estimate of their memory.
-TILE_MEMORY_BYTES = 3 << 29
 # Logits of constant tiles that are kept for others of the same values.
 REUSE_BYTES = 1 << 28
 # A voxel counts as air up to this part of a channel's range above its minimum: what resampling adds.
@@ -198,8 +194,7 @@ class Window:
         """Return how many units run at once, and on how many threads each."""
         if self.device.type != "cpu":
             return 1, 1
-        room = max(1, TILE_MEMORY_BYTES // (self.voxels * (BYTES_PER_VOXEL + 4 * self.n_outputs)))
-        workers = min(self.threads, units, room)
+        workers = min(units, tiles_at_once(self.voxels, self.n_outputs, self.threads))
         if workers == 1 and self.voxels < SMALL_VOXELS:
             return 1, 1
         return workers, self.threads if workers == 1 else 1
@@ -423,8 +418,3 @@ class _Pass:
             return False
         free, _ = torch.cuda.mem_get_info(device)
         return self.sums.bytes < 0.5 * free
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that a device has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
