@@ -96,7 +96,7 @@ class Runtime:
         if settled.backend == "openvino":
             at_once = tiles_at_once(prod(patch_size), n_outputs, threads)
             arguments = (tuple(patch_size), in_channels, settled.precision, threads, at_once)
-            return Ready(settled, OpenVinoNetwork(network, *arguments))
+            return Ready(settled, _openvino_network(network, *arguments))
         return Ready(settled, cpu_network(network, settled.autocast))
 
 
@@ -132,6 +132,17 @@ def cpu_network(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
         return network
     faster = channels_last(fold(network), dtype or torch.float32)
     return faster.eval()
+
+
+def _openvino_network(network: nn.Module, *arguments: Any) -> OpenVinoNetwork:
+    try:
+        return OpenVinoNetwork(network, *arguments)
+    except Exception as error:  # in the words of any of its libraries
+        if isinstance(error, ConfigError) or is_out_of_memory(error):
+            raise
+        first = str(error).strip().split("\n")[0]
+        name = type(network).__name__
+        raise ConfigError(f"runtime openvino: cannot run {name} ({first}). Use runtime torch.") from error
 
 
 def _compiled(network: nn.Module) -> Callable[[Tensor], Any]:
