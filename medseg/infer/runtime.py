@@ -128,7 +128,7 @@ def cpu_network(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
     network : in evaluation mode
     dtype : bfloat16, or None for float32
     """
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return network
     faster = channels_last(fold(network), dtype or torch.float32)
     return faster.eval()
