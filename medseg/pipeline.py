@@ -3,7 +3,7 @@
 import json
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -310,8 +310,13 @@ class _Run:
             return f"{case.name}: could not be {verb} within {seconds:g} s. Check the disk or network share."
 
         return (
-            Stage("read", self.read, read_timeout, lambda c: ReadError(late(c, "read", read_timeout))),
-            Stage("predict", self.predict, NETWORK_TIMEOUT_SECONDS, _hangs, vital=True),
+            Stage(
+                "read",
+                self.threaded(self.read),
+                read_timeout,
+                lambda c: ReadError(late(c, "read", read_timeout)),
+            ),
+            Stage("predict", self.threaded(self.predict), NETWORK_TIMEOUT_SECONDS, _hangs, vital=True),
             Stage(
                 "write",
                 self.write,
@@ -319,6 +324,18 @@ class _Run:
                 lambda c: OutputError(late(c, "written", WRITE_TIMEOUT_SECONDS)),
             ),
         )
+
+    def threaded(self, work: Callable[[Case, Any], Any]) -> Callable[[Case, Any], Any]:
+        """Return `work` with as many threads inside torch as the options say: a new thread would take all."""
+        from medseg.infer.runtime import count_threads, torch_threads
+
+        count = count_threads(self.predictor.options.threads)
+
+        def run(case: Case, value: Any) -> Any:
+            with torch_threads(count):
+                return work(case, value)
+
+        return run
 
     @property
     def results(self) -> list[CaseResult]:

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -788,3 +789,19 @@ def test_continue_does_not_care_when_auto_was_settled(bundle, images, tmp_path, 
     settled.clear()
     results = predict_folder(images, bundle, tmp_path / "out", resume=True, **FAST)
     assert {r.status for r in results} == {"skipped"}
+
+
+def test_every_stage_computes_on_the_threads_that_were_asked_for(bundle, images, tmp_path, monkeypatch):
+    seen = set()
+
+    def record(original):
+        def stage(self, case, value):
+            seen.add(torch.get_num_threads())
+            return original(self, case, value)
+
+        return stage
+
+    for name in ("read", "predict"):
+        monkeypatch.setattr(pipeline._Run, name, record(getattr(pipeline._Run, name)))
+    predict_folder(images, bundle, tmp_path / "out", **(FAST | {"threads": 3}))
+    assert seen == {3}
