@@ -250,7 +250,7 @@ class _Pass:
         units = self._units()
         workers, inside = self.window.share_threads(len(units))
         outputs = in_order(self._forward, units, workers)
-        final = self.grid.final_places()
+        tiles, final = self.grid.tiles, self.grid.final_places()
         with log.task(self.window.label, len(units)) as task:
             for group in self.groups:
                 log.check_cancelled()
@@ -260,8 +260,8 @@ class _Pass:
                     self._add(tile, [each[number] for each in means])
                     if number + 1 == len(group.tiles):
                         means = []  # not needed while the receiver works
-                    if tile[2].stop == self.grid.shape[2]:
-                        self.sums.rest()  # the next line of tiles is elsewhere
+                    if tile[2].stop == self.grid.shape[2]:  # the next line of tiles is elsewhere
+                        self.sums.rest(tiles[min(group.first + number + 1, len(tiles) - 1)])
                     for place in final.get(group.first + number, ()):
                         yield self._finish(place)  # held by the receiver alone
 

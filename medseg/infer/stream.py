@@ -26,12 +26,13 @@ from medseg.types import Shape
 # Values of a chunk, at least: smaller ones are not worth the calls.
 CHUNK_VALUES = 1 << 21
 # Lines of a chunk, at least, as a part of the patch: a tile then touches two bands of lines, seldom three.
-# Not where sums are kept in files: what a line of tiles does not touch should lie apart from what it does.
+# Sums of more than the bytes are cut at every tile instead, so that each line is gone as early as can be.
 LINES_OF_PATCH = 0.7
+LARGE_BYTES = 1 << 30
 # Values of a tile that are weighted and added at once: float32 with two temporaries stays in the cache.
 STEP_VALUES = 1 << 17
 # Sums larger than this are kept in files, whose pages leave memory while no tile touches them.
-MEMORY_BYTES = 1 << 30
+MEMORY_BYTES = 2 << 30
 # Logit of the background, and minus that of all else, where every tile was left out.
 AIR_LOGIT = 20.0
 
@@ -71,7 +72,7 @@ class Grid:
         rows = _borders(starts[0], shape[0], wanted // (shape[1] * shape[2]) if n_values else shape[0])
         thickest = _widest(rows)
         least = wanted // (thickest * shape[2])
-        if 2 * n_values * patch[0] * shape[1] * shape[2] <= MEMORY_BYTES:
+        if 2 * n_values * patch[0] * shape[1] * shape[2] <= LARGE_BYTES:
             least = max(least, ceil(LINES_OF_PATCH * patch[1]))
         lines = _borders(starts[1], shape[1], least if n_values else shape[1])
         return cls(tiles, shape, patch, inner, rows, lines)
@@ -229,10 +230,12 @@ class Sums:
 
         return add
 
-    def rest(self) -> None:
-        """Let mapped sums go; the next tiles bring back what they touch."""
-        for chunk in self._chunks.values():
-            chunk.rest()
+    def rest(self, tile: Index) -> None:
+        """Let mapped sums go that a tile, the next one, does not touch."""
+        touched = self.grid.places(tile)
+        for place, chunk in self._chunks.items():
+            if place not in touched:
+                chunk.rest()
 
     def finish(self, place: Place) -> Block:
         """Return the mean logits of a chunk, all of whose tiles have come, and forget it.

@@ -84,6 +84,7 @@ def test_blocks_are_the_whole_volume_cut(shape, flat, folds, mirror, dtype, leas
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "CHUNK_VALUES", least)
         patch.setattr(stream, "MEMORY_BYTES", memory)
+        patch.setattr(stream, "LARGE_BYTES", memory)
         patch.setattr(stream, "LINES_OF_PATCH", 0.0)
         cut = joined(seen.blocks(data, dtype), (3, *shape))
     whole = seen.whole(data, dtype)
