@@ -343,9 +343,12 @@ class Sums:
             zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
         else:
             kind = np.float16 if self.dtype == torch.float16 else np.float32
+            size_bytes = prod(shape) * self.dtype.itemsize
             if self.bytes > MEMORY_BYTES:
-                file = _temporary_file(prod(shape) * self.dtype.itemsize)
+                file = _temporary_file(size_bytes)
                 array = np.frombuffer(file, dtype=kind).reshape(shape)
+            elif self.bytes > LARGE_BYTES:  # numpy asks for huge pages, which take all that is near
+                array = np.frombuffer(mmap.mmap(-1, size_bytes), dtype=kind).reshape(shape)
             else:
                 array = np.zeros(shape, dtype=kind)
             zeros = torch.from_numpy(array)
