@@ -55,7 +55,9 @@ def load_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def block(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the markers and all between them."""
+    """Return the markers and all between them; nothing is between them before anything was measured."""
+    if not results:
+        return f"{BEGIN}\n{END}"
     lines = ["| what | nnU-Net 2.8.1 | medseg | bar | met | script |", "|---|---|---|---|---|---|"]
     for name, result in results.items():
         script = f"[{name}](tests/benchmarks/{name}.py)"
@@ -71,8 +73,6 @@ def line(row: Mapping[str, Any], script: str) -> str:
 
 def notes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Say how, on what and when this was measured, and with which command."""
-    if not results:
-        return []
     machines = sorted({describe(result["machine"]) for result in results.values()})
     days = sorted(date.fromisoformat(result["date"]) for result in results.values())
     when = " to ".join(str(day) for day in dict.fromkeys((days[0], days[-1])))
