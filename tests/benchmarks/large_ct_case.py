@@ -9,7 +9,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +99,7 @@ def predict_medseg(folder: Path, output: Path, classes: int, kind: str, stages: 
     from medseg.infer import Options, Predictor
 
     bundle = load_bundle(folder / f"bundle_{classes}")
-    options = Options(mirror=False, device="cpu", precision="fp32", threads=1)
-    if hasattr(options, "runtime"):
-        options = replace(options, runtime="torch")
+    options = Options(mirror=False, device="cpu", precision="fp32", threads=1, runtime="torch")
     predictor = Predictor(bundle, options)
     network = stand_in(classes, bundle.settings.patch_size, kind, stages)
     predictor.models[0].networks["0"] = network
