@@ -126,19 +126,19 @@ def _composite(up: _Up, conv: nn.Conv3d) -> nn.Module:
     The product of the weights w of `up` with tap t of `conv` belongs t places before w; sums of these are
     the weights of both. One more input channel, which must hold ones, stands for the bias of `up`.
     """
-    weight, taps = up.weight.detach(), conv.weight.detach()[:, : up.out_channels]
+    taps = conv.weight.detach()[:, : up.out_channels].permute(*range(2, conv.weight.ndim), 1, 0).contiguous()
     ones = cast(Tensor, up.bias).detach().reshape(1, -1, *(1 for _ in up.stride))
-    images = torch.cat([weight, ones.expand(1, *weight.shape[1:])]).movedim(1, -1)
+    images = torch.cat([up.weight.detach(), ones.expand(1, *up.weight.shape[1:])])
+    rows = images.movedim(1, -1).flatten(0, -2)
     size = [k + s - 1 for k, s in zip(conv.kernel_size, up.stride, strict=True)]
-    result = torch.zeros(images.shape[0], *size, conv.out_channels)
+    result = torch.zeros(len(images), *size, conv.out_channels)
     for tap in product(*(range(k) for k in conv.kernel_size)):
         starts = [k - 1 - t for k, t in zip(conv.kernel_size, tap, strict=True)]
         place: Any = (
             slice(None),
             *(slice(n, n + s) for n, s in zip(starts, up.stride, strict=True)),
         )
-        at: Any = (..., *tap)
-        result[place] += images @ taps[at].T
+        result[place] += (rows @ taps[tap]).view(len(images), *up.stride, -1)
     padding = tuple(k - 1 - p for k, p in zip(conv.kernel_size, _padding(conv), strict=True))
     kind: Any = type(up)
     sizes = (tuple(size), up.stride, padding)

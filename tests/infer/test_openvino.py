@@ -54,6 +54,16 @@ def test_bf16_rounds_and_fp32_does_not():
     assert errors[0] < 1e-3 < errors[1] < 0.2 * expected.abs().max()
 
 
+def test_norms_of_large_tiles_are_as_exact_as_torchs():
+    network = make("unet", {**FLAT, "strides": ((1, 1, 1), (2, 2, 2), (2, 2, 2))}, features=(4, 4, 4))
+    patch = (96, 96, 96)
+    batch = 3 + torch.randn(1, 2, *patch)
+    with torch.inference_mode():
+        expected = network(batch)
+        error = (OpenVinoNetwork(network, patch, 2)(batch) - expected).abs().max()
+        assert error < 1e-4 * expected.abs().max()  # with OpenVINO's own norm 1e-3
+
+
 def test_threads_get_their_own_results():
     network = make("unet", ISOTROPIC)
     runner = OpenVinoNetwork(network, PATCH, 2, threads=2, at_once=2)
