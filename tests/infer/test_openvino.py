@@ -61,7 +61,7 @@ def test_norms_of_large_tiles_are_as_exact_as_torchs():
     with torch.inference_mode():
         expected = network(batch)
         error = (OpenVinoNetwork(network, patch, 2)(batch) - expected).abs().max()
-        assert error < 1e-4 * expected.abs().max()  # with OpenVINO's own norm 1e-3
+        assert error < 5e-5 * expected.abs().max()  # with OpenVINO's own norm 2e-4
 
 
 def test_threads_get_their_own_results():
