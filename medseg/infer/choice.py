@@ -90,8 +90,12 @@ def estimate_seconds(
     """Return about how many CPU seconds work takes; infinity where that is not known."""
     if work_voxels is None:
         return float("inf")
-    weights = {name: torch.empty_like(value, device="meta") for name, value in network.state_dict().items()}
-    tile = torch.empty(1, in_channels, *patch_size, device="meta")
+    multiples = getattr(network, "downsampling", None)
+    # Without values a tile takes no time, but torch loads its compiler for it, a second of it.
+    device = "meta" if multiples is None else "cpu"
+    size = patch_size if multiples is None else _least_size(patch_size, multiples)
+    weights = {name: value.to(device) for name, value in network.state_dict().items()}
+    tile = torch.zeros(1, in_channels, *size, device=device)
     products: list[float] = []
     hooks = [
         module.register_forward_hook(lambda *call: products.append(_count_products(*call)))
@@ -107,7 +111,12 @@ def estimate_seconds(
     finally:
         for hook in hooks:
             hook.remove()
-    return sum(products) / _PRODUCTS_PER_SECOND * work_voxels / prod(patch_size)
+    return sum(products) / _PRODUCTS_PER_SECOND * work_voxels / prod(size)
+
+
+def _least_size(patch_size: Shape, multiples: Shape) -> Shape:
+    """Return the smallest tile that a U-Net takes: two voxels of its coarsest stage."""
+    return tuple(min(size, 2 * multiple) for size, multiple in zip(patch_size, multiples, strict=True))
 
 
 def _count_products(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> float:

@@ -16,14 +16,21 @@ from torch import Tensor
 from medseg import log
 from medseg.errors import BundleError, ResourceError
 from medseg.geometry.tiles import pad_to, tile_slices
-from medseg.infer.runtime import count_threads, is_out_of_memory, tiles_at_once, torch_threads
+from medseg.infer.runtime import (
+    BYTES_PER_VOXEL,
+    count_threads,
+    is_out_of_memory,
+    tile_batch,
+    tiles_at_once,
+    torch_threads,
+)
 from medseg.infer.stream import Grid, Index, NotFiniteError, Place, Sums
 from medseg.infer.workers import in_order
 from medseg.preprocess import Block
 from medseg.types import FloatArray, Shape
 
-# Voxels of all tiles that go through the network at once; small tiles (slices) are grouped up to this.
-BATCH_VOXELS = {"cpu": 1 << 16, "cuda": 1 << 21}
+# Voxels of all tiles that go through the network at once on a CPU: small tiles (slices) are grouped.
+BATCH_VOXELS = 1 << 16
 # Tiles below this many voxels gain nothing from several threads inside one operation.
 SMALL_VOXELS = 1 << 17
 # Logits of constant tiles that are kept for others of the same values.
@@ -190,6 +197,14 @@ class Window:
         """Of one tile."""
         return int(np.prod(self.patch_size))
 
+    @property
+    def batch(self) -> int:
+        """How many tiles go through a network at once."""
+        if self.device.type == "cpu":
+            return max(1, BATCH_VOXELS // self.voxels)
+        # Logits count twice: those of a flip are added to those of the others.
+        return tile_batch(self.device, self.voxels * (BYTES_PER_VOXEL + 8 * self.n_outputs))
+
     def share_threads(self, units: int) -> tuple[int, int]:
         """Return how many units run at once, and on how many threads each."""
         if self.device.type != "cpu":
@@ -321,7 +336,7 @@ class _Pass:
         """Call the network; where memory runs out, in smaller batches, then with the sums off its device."""
         try:
             return self._call(unit)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         # Outside of the except block, whose traceback would keep the tensors of the failed call alive.
@@ -365,7 +380,7 @@ class _Pass:
     def _group(self) -> list[_Group]:
         """Cut the list of tiles into batches, and see which hold nothing."""
         tiles = self.grid.tiles
-        size = max(1, BATCH_VOXELS.get(self.window.device.type, 1) // self.window.voxels)
+        size = self.window.batch
         limits = self._air_limits() if self.window.skip_air else None
         groups = []
         for start in range(0, len(tiles), size):

@@ -249,6 +249,8 @@ class ResidualEncoderUNet(UNet):
 def _initialize(module: nn.Module) -> None:
     """Kaiming normal weights, no bias; a residual block starts as its skip (nnU-Net's ``initialize``)."""
     if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        if module.weight.is_meta:  # only shapes are wanted; torch would load its compiler, a second of it
+            return
         nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +244,16 @@ def test_a_failed_compilation_goes_on_without(monkeypatch: pytest.MonkeyPatch) -
     network = Watched()
     batch = torch.randn(1, 2, *PATCH)
     torch.testing.assert_close(_compiled(network)(batch), network(batch))
+
+
+def test_an_nnunet_model_is_opened_and_its_work_estimated_without_torchs_compiler(golden_dir: Path) -> None:
+    model = golden_dir / "inference" / "h_2d_aniso_ct" / "model"
+    script = (
+        "import sys\nfrom medseg.exchange import load_model\nfrom medseg.infer import choice\n"
+        "from medseg.nets.fused import fold\n"
+        f"bundle = load_model({str(model)!r})\nnetwork = fold(bundle.network('0')).eval()\n"
+        "assert 0 < choice.estimate_seconds(network, bundle.settings.patch_size, 1, 1 << 20) < 30\n"
+        "print([name for name in ('torch._dynamo', 'sympy', 'monai') if name in sys.modules])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert found.stdout.strip() == "[]", found.stderr

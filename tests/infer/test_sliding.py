@@ -73,7 +73,7 @@ def test_flips_are_undone_and_averaged():
 
 
 def test_overlapping_tiles_are_weighted_towards_their_centres(monkeypatch):
-    monkeypatch.setitem(sliding.BATCH_VOXELS, "cpu", 1)
+    monkeypatch.setattr(sliding, "BATCH_VOXELS", 1)
     values = iter([0.0, 1.0])
     result = sliding_window(
         lambda x: torch.full_like(x, next(values)), noise((1, 12, 8, 8)), (8, 8, 8), 1, threads=1
@@ -128,7 +128,7 @@ def test_deep_supervision_outputs_are_ignored_but_the_first():
 
 
 def test_prediction_stops_on_request_between_tiles(monkeypatch):
-    monkeypatch.setitem(sliding.BATCH_VOXELS, "cpu", 1)
+    monkeypatch.setattr(sliding, "BATCH_VOXELS", 1)
     calls = []
 
     class Stop(Listener):

@@ -209,7 +209,7 @@ def test_a_volume_of_any_length_holds_one_patch_of_rows(monkeypatch):
 
 def test_what_overflows_after_some_rows_starts_again_in_float32(caplog, crumbs, monkeypatch, tmp_path):
     bundle = tiny_bundle(folds=2)
-    monkeypatch.setitem(sliding.BATCH_VOXELS, "cpu", 1)
+    monkeypatch.setattr(sliding, "BATCH_VOXELS", 1)
     predictor, volume = Predictor(bundle, mirror=False, **CPU), image((13, 15, 20))
     volume.array[0, 6, 6, -2] = 100  # in the last rows
     model = predictor.models[0]
@@ -242,7 +242,7 @@ def test_folds_whose_sum_leaves_float16_are_summed_in_float32(caplog):
 
 
 def test_tiles_of_one_value_are_computed_once(monkeypatch):
-    monkeypatch.setitem(sliding.BATCH_VOXELS, "cpu", 1)
+    monkeypatch.setattr(sliding, "BATCH_VOXELS", 1)
     data = noise((1, 12, 12, 30))
     data[..., 6:] = 0.25
     data[..., 24:] = -1
@@ -257,7 +257,7 @@ def test_tiles_of_one_value_are_computed_once(monkeypatch):
 
 
 def test_air_is_left_out_on_request_only_and_is_background(monkeypatch):
-    monkeypatch.setitem(sliding.BATCH_VOXELS, "cpu", 1)
+    monkeypatch.setattr(sliding, "BATCH_VOXELS", 1)
     volume = image((20, 15, 13), affine=np.eye(4))
     volume.array[...] = np.abs(volume.array) + 1
     volume.array[:, 10:] = 1  # the minimum, and not cropped
