@@ -41,6 +41,15 @@ LIMITS = Limits(
     weights=re.compile(_WEIGHTS),
 )
 
+MODELS = (
+    "a bundle of medseg (folder, .medseg file or run folder), a model of nnU-Net (results folder or exported "
+    "zip) or a MONAI bundle (folder or zip)"
+)
+"""What `medseg.load_model` opens, in words for errors."""
+
+# What models of other programs have: nnU-Net's and MONAI's.
+_FOREIGN = re.compile(r"(?:.*/)?(?:plans\.json|configs/(?:metadata|inference)\.(?:json|ya?ml))")
+
 StateDict = Mapping[str, "Tensor"]
 C = TypeVar("C", bound=Config)
 
@@ -173,6 +182,7 @@ def load_bundle(path: PathLike) -> Bundle:
     ------
     BundleError
         There is none, a file is missing, damaged, linked, misplaced or too large, or the schema is newer.
+        Models of other programs are opened by `medseg.load_model`.
     """
     path = Path(path)
     recover_folder(path)
@@ -184,10 +194,28 @@ def load_bundle(path: PathLike) -> Bundle:
         raise BundleError(
             f"{path}: no such bundle. Pass a bundle folder, a {ZIP_SUFFIX} file or a run folder."
         )
-    if path.is_dir() and not (path / "bundle.yaml").exists():  # do not walk through whatever this is
-        raise BundleError(f"{path}: no bundle.yaml, so this is not a bundle. Check the path.")
+    # Whatever else this is, it is not walked through.
+    if not (path / "bundle.yaml").exists() if path.is_dir() else _is_foreign_zip(path):
+        raise BundleError(
+            f"{path}: no bundle.yaml, so this is not a bundle. Check the path; a model of nnU-Net or MONAI "
+            "opens with medseg.load_model."
+        )
     files = open_files(path, LIMITS)
     return _open_at(files, files.names(), path, "")
+
+
+def _is_foreign_zip(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError):
+        return False  # opening it says why
+    return "bundle.yaml" not in names and any(_FOREIGN.fullmatch(name) for name in names)
+
+
+def no_such_model(path: PathLike) -> str:
+    """Return what to say where there is nothing: it is the same whoever looked."""
+    return f"{path}: no such model. Pass {MODELS}."
 
 
 def save_bundle(

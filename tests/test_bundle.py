@@ -9,10 +9,13 @@ import zipfile
 import pytest
 import torch
 
+import medseg
 from medseg.bundle import Bundle, load_bundle, save_bundle
 from medseg.config import dump_yaml, read_mapping
 from medseg.errors import BundleError
 from medseg.files import sha256_file
+from tests.exchange import zoo
+from tests.exchange.nnunet_models import write_model
 from tests.infer.models import tiny_bundle, tiny_plan, tiny_weights
 
 CARD = {"dataset": "Dataset901_Tiny", "cases": 12, "precision": "fp32", "recipe": {"lr": 0.01}}
@@ -268,6 +271,17 @@ def test_a_manifest_that_is_not_understood_is_refused(tmp_path, change, says):
     file.write_text(json.dumps({**read_mapping(file), **change}))
     with pytest.raises(BundleError, match=says):
         load_bundle(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["nnU-Net", "MONAI"])
+def test_a_model_of_another_program_is_sent_to_load_model(tmp_path, name, packed):
+    path = tmp_path / "model"
+    zoo.write_bundle(path, "spleen") if name == "MONAI" else write_model(path)
+    path = shutil.make_archive(str(path), "zip", path) if packed else path
+    with pytest.raises(BundleError, match=r"medseg\.load_model"):
+        load_bundle(path)
+    assert medseg.load_model(path).labels.foreground
 
 
 def test_what_is_no_bundle_is_said_in_one_sentence(tmp_path):

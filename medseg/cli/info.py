@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from medseg.bundle import Bundle
+    from medseg.exchange.monai_in import Call
     from medseg.plan.schema import Plan
 
 
@@ -23,7 +24,7 @@ def info(
         Path,
         typer.Argument(
             readable=False,  # an unreadable file is an error of medseg's table, not of the command line
-            help="Bundle, model of nnU-Net, run folder, dataset, image, or plan (YAML or JSON).",
+            help="Bundle, model of nnU-Net or MONAI, run folder, dataset, image, or plan (YAML or JSON).",
         ),
     ],
     json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
@@ -42,18 +43,12 @@ def info(
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    from medseg.errors import ReadError
-
-    if not path.exists():
-        raise ReadError(f"{path}: no such file or folder. Check the path.")
     if path.is_dir():
         return _folder_facts(path)
-    if path.suffix == ".medseg":
-        from medseg.bundle import load_bundle
-
-        return _bundle_facts(load_bundle(path))
-    if path.suffix == ".zip":
-        return _nnunet_facts(path)
+    if not path.exists() or path.suffix in (".medseg", ".zip"):
+        return _model_facts(path)
+    if export := _export(path):
+        return _export_facts(path, export)
     if path.suffix in (".csv", ".tsv"):
         return _dataset_facts(path)
     if path.suffix in (".yaml", ".yml", ".json"):
@@ -61,14 +56,34 @@ def _describe(path: Path) -> dict[str, Any]:
     return _image_facts(path)
 
 
+def _model_facts(path: Path) -> dict[str, Any]:
+    """Describe a model that is one file, or lies in a zip."""
+    from medseg.bundle import MODELS, load_bundle
+    from medseg.errors import ReadError
+    from medseg.exchange.monai_in import is_monai_bundle
+    from medseg.exchange.nnunet import is_nnunet_model
+
+    inside = not path.exists()
+    if inside and not is_nnunet_model(path):
+        raise ReadError(f"{path}: no such file or folder. Pass {MODELS}, a dataset, an image or a plan.")
+    if path.suffix == ".medseg":
+        return _bundle_facts(load_bundle(path))
+    return _monai_facts(path) if not inside and is_monai_bundle(path) else _nnunet_facts(path)
+
+
 def _folder_facts(path: Path) -> dict[str, Any]:
     from medseg.bundle import load_bundle
+    from medseg.exchange.monai_in import is_monai_bundle
     from medseg.exchange.nnunet import is_nnunet_model
 
     if (path / "bundle.yaml").exists() or (path / "bundle").is_dir():
         return _bundle_facts(load_bundle(path))
     if is_nnunet_model(path):
         return _nnunet_facts(path)
+    if export := _export(path):
+        return _export_facts(path, export)
+    if is_monai_bundle(path):
+        return _monai_facts(path)
     folds = sorted(fold for fold in path.glob("fold_*") if fold.is_dir())
     if folds or (path / "plan.yaml").exists():
         return {
@@ -84,6 +99,54 @@ def _nnunet_facts(path: Path) -> dict[str, Any]:
     from medseg.exchange.nnunet import load_nnunet
 
     return {**_bundle_facts(load_nnunet(path)), "kind": "nnU-Net model"}
+
+
+def _export(path: Path) -> str | None:
+    """Return which of medseg's exports, that it does not read again, a path is."""
+    from medseg.exchange.graph import FORMAT
+
+    if path.suffix == ".onnx":
+        with path.open("rb") as stream:  # the producer is among the first fields
+            return "ONNX" if b"medseg" in stream.read(64) else None
+    folder = path if path.is_dir() else path.parent if path.suffix == ".xml" else None
+    if folder is None:
+        return None
+    for name, mark, kind in (
+        ("model.json", f'"{FORMAT}"', "OpenVINO"),
+        ("configs/metadata.json", '"medseg"', "MONAI"),
+    ):
+        file = folder / name
+        if file.is_file() and mark in file.read_text(encoding="utf-8", errors="replace"):
+            return kind
+    return None
+
+
+def _export_facts(path: Path, kind: str) -> dict[str, Any]:
+    use = f"for {kind}; medseg predicts with the bundle that it was made from"
+    return {"kind": f"{kind} export of medseg", "path": str(path), "use": use}
+
+
+def _monai_facts(path: Path) -> dict[str, Any]:
+    from medseg.exchange.monai_in import load_monai_bundle
+
+    model = load_monai_bundle(path)
+    return {
+        "kind": "MONAI bundle",
+        "path": str(path),
+        "sha256": model.digest,
+        "channels": list(model.channels),
+        "labels": model.labels.to_dict()["entries"],
+        "network": model.network.name,
+        "window": _call_words(model.inferer),
+        "transforms": [_call_words(call) for call in model.preprocessing],
+    }
+
+
+def _call_words(call: "Call") -> str:
+    """Return a class of MONAI and its arguments, but those that only say where data is."""
+    told = {name: value for name, value in call.arguments.items() if name not in ("keys", "source_key")}
+    words = " ".join(f"{name}={str(value).replace(' ', '')}" for name, value in told.items())
+    return f"{call.name} {words}".rstrip()
 
 
 def _count_lines(path: Path) -> int:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medseg.bundle import ZIP_SUFFIX, Bundle, load_bundle
-from medseg.errors import BundleError
+from medseg.bundle import MODELS, ZIP_SUFFIX, Bundle, load_bundle, no_such_model
+from medseg.errors import BundleError, ConfigError
 from medseg.files import recover_folder
 from medseg.types import PathLike
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 Exporter = Callable[[Bundle, Path, str | None], None]
 
 
-def load_model(path: PathLike, previous: PathLike | None = None) -> "Bundle | MonaiModel":
+def load_model(
+    path: PathLike, previous: PathLike | None = None, checkpoint: str | None = None
+) -> "Bundle | MonaiModel":
     """Open a trained model, whoever made it.
 
     Parameters
@@ -28,22 +30,32 @@ def load_model(path: PathLike, previous: PathLike | None = None) -> "Bundle | Mo
     path : medseg bundle (folder, ``.medseg`` zip, or run folder), nnU-Net results folder or exported zip,
         or MONAI bundle (folder or zip)
     previous : model of the first stage of a cascade, where it is not with it
+    checkpoint : of a model of nnU-Net, ``final``, ``best`` or ``latest``; by default the first of these
 
     Raises
     ------
     BundleError
         There is none, it is damaged, refused, or does not fit.
+    ConfigError
+        A checkpoint is asked for, and the model is not one of nnU-Net.
     """
     from medseg.exchange.nnunet import is_nnunet_model, load_nnunet
 
     path = Path(path)
-    if not _is_bundle(path):
-        if is_nnunet_model(path):
-            return load_nnunet(path, previous)
-        if path.exists() and (model := _load_monai(path, previous)) is not None:
+    own = _is_bundle(path)
+    if not own and is_nnunet_model(path):
+        return load_nnunet(path, previous, checkpoint)
+    if not path.exists():
+        raise BundleError(no_such_model(path))
+    if checkpoint is not None:
+        raise ConfigError(
+            f"{path}: is no model of nnU-Net, and only these have several checkpoints. Leave out "
+            "--checkpoint."
+        )
+    if not own:
+        if (model := _load_monai(path, previous)) is not None:
             return model
-        if path.exists():
-            raise BundleError(_unknown(path))
+        raise BundleError(_unknown(path))
     bundle = load_bundle(path)
     return bundle if previous is None else with_previous(bundle, previous)
 
@@ -54,7 +66,7 @@ def _unknown(path: Path) -> str:
         "configs/metadata.json of MONAI."
     )
     above = next((folder for folder in path.parents[:2] if (folder / "plans.json").is_file()), None)
-    return f"{text} {'Check the path.' if above is None else f'Pass {above}, which has plans.json.'}"
+    return f"{text} {f'Pass {MODELS}.' if above is None else f'Pass {above}, which has plans.json.'}"
 
 
 def _is_bundle(path: Path) -> bool:

@@ -42,6 +42,12 @@ MAX_GROWTH_BYTES = 64 * 2**20
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 _ALIAS = re.compile(r"decoder\.encoder\.|.*\.all_modules\.")
 
+# How a file begins: a zip, which torch writes today, and the number that it wrote before.
+_ZIP = b"PK"
+_OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_PICKLE = b"\x80"
+HEAD_BYTES = len(_OLD_FORMAT)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -103,6 +109,7 @@ def _load(source: Path | bytes, where: str) -> Any:
     if not size:
         raise BundleError(f"{where}: is empty. Copy it again.")
     stream: Path | IO[bytes] = source if isinstance(source, Path) else BytesIO(source)
+    head = _head(source, where)
     # Mapping takes bytes as they lie in the file: not those that another tool deflated.
     mapped = zipfile.is_zipfile(stream) and _is_stored(stream, size, where) and isinstance(source, Path)
     file = str(source) if isinstance(source, Path) else BytesIO(source)
@@ -110,11 +117,19 @@ def _load(source: Path | bytes, where: str) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals(ALLOWED):
             warnings.simplefilter("ignore")  # torch on its own old formats
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
-    except pickle.UnpicklingError as error:
-        raise BundleError(_refusal(str(error), where)) from error
     except Exception as error:  # a damaged file makes the reader fail in any way
-        reason = _short(str(error)) or type(error).__name__
-        raise BundleError(f"{where}: is damaged or no checkpoint ({reason}). Copy it again.") from error
+        raise BundleError(refusal(error, head, where)) from error
+
+
+def _head(source: Path | bytes, where: str) -> bytes:
+    if isinstance(source, bytes):
+        return source[:HEAD_BYTES]
+    try:
+        with source.open("rb") as stream:
+            return stream.read(HEAD_BYTES)
+    except OSError as error:
+        reason = error.strerror or error
+        raise BundleError(f"{where}: cannot be read ({reason}). Check its permissions.") from error
 
 
 def _is_stored(stream: Path | IO[bytes], size: int, where: str) -> bool:
@@ -123,23 +138,39 @@ def _is_stored(stream: Path | IO[bytes], size: int, where: str) -> bool:
         with zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise BundleError(f"{where}: is damaged ({error}). Copy it again.") from error
+        raise BundleError(f"{where}: is cut off or damaged. Copy it again.") from error
     unpacked = sum(member.file_size for member in members)
     if unpacked > size + MAX_GROWTH_BYTES:
         raise BundleError(f"{where}: unpacks from {size} to {unpacked} bytes. Do not trust this file.")
     return all(member.compress_type == zipfile.ZIP_STORED for member in members)
 
 
-def _refusal(reason: str, where: str) -> str:
-    """Return why torch's reader stopped: at something that is not data, or at damage."""
-    named = re.search(r"GLOBAL (\S+)|(?:<(?:class|function|built-in function) '?([\w.]+))", reason)
+def refusal(error: Exception, head: bytes, where: str) -> str:
+    """Return why torch's reader stopped: at something that is not data, at damage, or at another file.
+
+    Parameters
+    ----------
+    error : of ``torch.load`` with ``weights_only``
+    head : how the file begins, :data:`HEAD_BYTES` of it
+    where : what to call it
+    """
+    pattern = r"GLOBAL (\S+)|(?:<(?:class|function|built-in function) '?([\w.]+))"
+    named = re.search(pattern, str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if named is None:
-        reason = reason.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0]
-        return f"{where}: is damaged or no checkpoint ({_short(reason)}). Copy it again."
+        return f"{where}: {_fault(head)}"
     return (
         f"{where}: refused, since it names {named.group(1) or named.group(2)}, which is not data: loading it "
         "could run code. Nothing was run; do not trust this file, or save only its weights again."
     )
+
+
+def _fault(head: bytes) -> str:
+    """Return what is wrong with a file that names nothing forbidden, and still cannot be read."""
+    if head.startswith((_ZIP, _OLD_FORMAT)):
+        return "is cut off or damaged. Copy it again."
+    if head.startswith(_PICKLE):
+        return "is a pickle of something else, no checkpoint of torch. Pass a file that torch.save wrote."
+    return "is no checkpoint, or damaged from its beginning. Pass a file that torch.save wrote."
 
 
 def _not_nnunet(content: Any, where: str) -> str:
@@ -187,7 +218,7 @@ def first_misfit(
 ) -> str | None:
     """Return in words the first weight that the planned network does not take, or None.
 
-    Shapes are compared with a network that has no memory; every weight must be a finite number.
+    Shapes are compared with a network that has no memory.
     """
     with torch.device("meta"):
         expected = build_network(architecture, in_channels, n_outputs).state_dict()
@@ -199,10 +230,13 @@ def first_misfit(
             return f"{name} is missing"
         if weights[name].shape != value.shape:
             return _wrong_shape(name, tuple(weights[name].shape), tuple(value.shape))
-        if not torch.isfinite(weights[name]).all():
-            return f"{name} holds NaN or infinity"
     extra = next((name for name in weights if name not in expected), None)
     return None if extra is None else f"{extra} is not part of that network"
+
+
+def first_not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first weight that holds NaN or infinity, or None."""
+    return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
 
 
 def _wrong_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:

@@ -254,19 +254,19 @@ def _loader(files: Files, name: str, path: Path) -> Callable[[], StateDict]:
     def load() -> StateDict:
         import torch
 
+        from medseg.exchange.checkpoint import HEAD_BYTES, refusal
+
+        head = b""
         try:
             with files.open(name) as stream:
                 seekable = stream if files.local(name) else io.BytesIO(stream.read())
+                head = seekable.read(HEAD_BYTES)
                 _check_checkpoint(seekable, f"{path}: {name}")
                 data = torch.load(seekable, map_location="cpu", weights_only=True)
         except (MemoryError, BundleError):
             raise
         except Exception as error:  # whatever a hostile file provokes in the reader
-            first = re.split(r"[.\n]", str(error).strip())[0][:120]
-            raise BundleError(
-                f"{path}: {name} does not hold plain weights ({type(error).__name__}: {first}). medseg loads "
-                "tensors and nothing else. Save the network's state_dict again with torch.save."
-            ) from error
+            raise BundleError(refusal(error, head, f"{path}: {name}")) from error
         return _state_dict(data, f"{path}: {name}")
 
     return load

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import medseg
 from medseg.archive import Files, Limits, hash_member, open_files, read_member
-from medseg.bundle import Bundle, StateDict
+from medseg.bundle import Bundle, StateDict, no_such_model
 from medseg.errors import BundleError, MedsegError
 from medseg.files import atomic_folder
 from medseg.labels import LabelSet
@@ -165,7 +165,7 @@ def _places(files: Files) -> Iterator[Place]:
 def _locate(path: Path) -> Place:
     outer, inner = _split(path)
     if not outer.exists():
-        raise BundleError(f"{path}: no such model. Pass a folder that nnU-Net wrote, or its exported zip.")
+        raise BundleError(no_such_model(path))
     found = list(_places(open_files(outer, LIMITS)))
     if inner:
         found = [place for place in found if _is_meant(place, inner)]
@@ -227,6 +227,12 @@ def _open(place: Place, checkpoint: str | None = None) -> Bundle:
     chosen = _choose_checkpoints(place, checkpoint)
     folds = {fold: _read_fold(place, fold, file) for fold, file in chosen.items()}
     first = _agree(place, folds)
+    if not first.trainer.startswith(TRAINER):
+        logger.warning(
+            "%s: was trained by %s, which medseg does not know: only its weights and its plan are used.",
+            place,
+            " ".join(first.trainer.split())[:100],
+        )
     plan = _plan(place, plans, dataset, first.configuration)
     bundle = Bundle(
         plan,
@@ -298,7 +304,7 @@ def _plan(place: Place, plans: dict[str, Any], dataset: dict[str, Any], configur
 
 
 def _check_fit(place: Place, fold: str, content: "Checkpoint", bundle: Bundle) -> None:
-    from medseg.exchange.checkpoint import first_misfit
+    from medseg.exchange.checkpoint import first_misfit, first_not_finite
 
     settings = bundle.settings
     misfit = first_misfit(content.weights, settings.architecture, bundle.in_channels, bundle.labels.n_outputs)
@@ -309,6 +315,11 @@ def _check_fit(place: Place, fold: str, content: "Checkpoint", bundle: Bundle) -
             f"{place}, fold {fold}: what {content.trainer} trained does not fit the "
             f"{settings.architecture.network} of {bundle.configuration} in plans.json ({misfit}). Pass the "
             "plans.json and dataset.json it was trained with; other networks are not supported."
+        )
+    if name := first_not_finite(content.weights):
+        raise BundleError(
+            f"{place}, fold {fold}: {name} holds NaN or infinity, so the training diverged or the file is "
+            "damaged. Take another checkpoint (--checkpoint best), or copy it again."
         )
 
 

@@ -223,7 +223,7 @@ def test_a_pickle_in_the_place_of_weights_is_not_unpickled(tmp_path, canary):
     root = zoo.write_bundle(tmp_path / "b", "spleen")
     torch.save({"model": Trap(canary)}, root / "models" / "model.pt")
     text = refusal(root)
-    assert "models/model.pt does not hold plain weights" in text
+    assert "models/model.pt: refused, since it names posix.mkdir, which is not data" in text
     assert not canary.exists()
 
 
@@ -234,11 +234,19 @@ def test_weights_that_unpack_to_more_than_they_are_are_not_unpacked(tmp_path):
     assert "unpacks to more" in refusal(root)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00."])
-def test_a_file_that_holds_no_weights_is_one_sentence(content, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is no checkpoint"),
+        (b"PK\x03\x04", "is cut off or damaged. Copy it again."),
+        (b"\x80\x02}q\x00.", "is a pickle of something else"),
+        (b"root:x:0:0", "is no checkpoint"),
+    ],
+)
+def test_a_file_that_holds_no_weights_is_one_sentence(content, says, tmp_path):
     root = zoo.write_bundle(tmp_path / "b", "spleen")
     (root / "models" / "model.pt").write_bytes(content)
-    assert "models/model.pt" in refusal(root)
+    assert f"models/model.pt: {says}" in refusal(root)
 
 
 def test_python_in_the_bundle_is_never_imported(tmp_path, canary, monkeypatch):

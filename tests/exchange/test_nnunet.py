@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 from medseg.bundle import Bundle, load_bundle, write_bundle
-from medseg.errors import BundleError, MedsegError, PlanError
+from medseg.errors import BundleError, ConfigError, MedsegError, PlanError
 from medseg.exchange import EXPORTERS, load_model
 from medseg.exchange.checkpoint import ALLOWED
 from medseg.exchange.nnunet import is_nnunet_model, load_nnunet, with_aliases
 from tests.infer.models import tiny_bundle, tiny_plan
 
+from . import zoo
 from .nnunet_models import (
     CASCADE,
     DATASET,
@@ -174,6 +176,24 @@ def test_a_variant_that_medseg_cannot_do_does_not_stop_the_others(tmp_path):
     torch.save(checkpoint(random_weights(content, DATASET, FULLRES), "3d_torchres"), file)
     with pytest.raises(BundleError, match="resample_torch_fornnunet"):
         load_nnunet(tmp_path / "n")
+
+
+def test_a_trainer_that_nobody_knows_is_named_in_one_line(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_nnunet(write_model(tmp_path / "known", trainer="nnUNetTrainer_250epochs", folds=(0, 1)))
+        assert not caplog.records
+        load_nnunet(write_model(tmp_path / "own", trainer="My\nTrainer", folds=(0, 1)))
+    (record,) = caplog.records
+    assert "was trained by My Trainer" in record.message and "only its weights" in record.message
+
+
+def test_a_checkpoint_of_what_has_none_is_refused_with_what_to_do(tmp_path):
+    write_bundle(tmp_path / "a.medseg", tiny_bundle())
+    zoo.write_bundle(tmp_path / "spleen", "spleen")
+    for name in ("a.medseg", "spleen"):
+        with pytest.raises(ConfigError, match=r"no model of nnU-Net.*Leave out --checkpoint\.$"):
+            load_model(tmp_path / name, checkpoint="best")
+    assert load_model(write_model(tmp_path / "m", file="best"), checkpoint="best").folds == ("0",)
 
 
 def test_fold_all_counts_only_where_there_is_no_other(tmp_path):
@@ -465,6 +485,12 @@ HEAD = "decoder.seg_layers.0.weight"
 FIRST = "encoder.stages.0.0.convs.0.conv.weight"
 
 
+def cut_old_format(file):
+    weights = random_weights(plans(), DATASET, FULLRES)
+    torch.save(checkpoint(weights), file, _use_new_zipfile_serialization=False)
+    file.write_bytes(file.read_bytes()[:-5000])
+
+
 def edit(model, name, **changes):
     file = model / name
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -474,9 +500,14 @@ def edit(model, name, **changes):
     ("change", "says"),
     [
         (lambda m, f: f.write_bytes(b""), "is empty"),
-        (lambda m, f: f.write_bytes(f.read_bytes()[:5000]), "damaged"),
-        (lambda m, f: f.write_bytes(b"PK\x03\x04" + bytes(500)), "damaged"),
-        (lambda m, f: f.write_text("hello"), "damaged or no checkpoint"),
+        (lambda m, f: f.write_bytes(f.read_bytes()[:5000]), r"is cut off or damaged\. Copy it again\.$"),
+        (lambda m, f: f.write_bytes(f.read_bytes()[:-9]), r"is cut off or damaged\. Copy it again\.$"),
+        (lambda m, f: f.write_bytes(b"PK\x03\x04" + bytes(500)), r"is cut off or damaged\. Copy it again\.$"),
+        (lambda m, f: cut_old_format(f), r"is cut off or damaged\. Copy it again\.$"),
+        (lambda m, f: f.write_text("hello"), "is no checkpoint, or damaged from its beginning. Pass"),
+        (lambda m, f: f.write_text("root:x:0:0:root:/root:/bin/bash\n" * 9), "is no checkpoint, or damaged"),
+        (lambda m, f: f.write_bytes(pickle.dumps({"a": [1, 2]}, 4)), "is a pickle of something else"),
+        (lambda m, f: f.write_bytes(pickle.dumps({"a": [1, 2]}, 2)), "is a pickle of something else"),
         (lambda m, f: torch.save([1, 2], f), "no network_weights"),
         (lambda m, f: torch.save({"state_dict": {}}, f), "version 1"),
         (lambda m, f: torch.save({"network_weights": {}}, f), "trainer_name"),
@@ -488,7 +519,7 @@ def edit(model, name, **changes):
         (lambda m, f: save(f, weights=changed_weights(extra=torch.ones(1))), "not part of that network"),
         (
             lambda m, f: save(f, weights=changed_weights(**{FIRST: torch.full((8, 1, 3, 3, 3), np.nan)})),
-            f"{FIRST} holds NaN",
+            f"{FIRST} holds NaN or infinity, so the training diverged .*Take another checkpoint",
         ),
         (
             lambda m, f: save(f, weights=changed_weights(**{HEAD: torch.ones(5, 8, 1, 1, 1)})),
@@ -537,6 +568,7 @@ def test_what_is_damaged_or_does_not_fit_is_one_sentence_at_once(tmp_path, chang
         load_nnunet(model)
     assert "\n" not in str(caught.value) and str(model) in str(caught.value)
     assert len(str(caught.value)) < 700
+    assert "holds NaN" not in str(caught.value) or "plans.json" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
