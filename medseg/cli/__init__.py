@@ -65,8 +65,9 @@ def main() -> NoReturn:
     with listening(listener):
         code = _run(signals)
     listener.close()
+    # Python ends around a thread that is still busy: inside torch, that aborts the process.
     if signals.received or any(thread.name.startswith("medseg ") for thread in threading.enumerate()):
-        leave(code)  # a thread that is still busy would be waited for
+        leave(code)
     gc.freeze()  # what ends with the process need not be searched for cycles: half a second with torch
     sys.exit(code)
 

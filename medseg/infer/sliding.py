@@ -5,6 +5,7 @@ Source: nnU-Net v2 ``inference/predict_from_raw_data.py``.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, TypeVar
@@ -264,9 +265,11 @@ class _Pass:
         """Yield the final blocks."""
         units = self._units()
         workers, inside = self.window.share_threads(len(units))
-        outputs = in_order(self._forward, units, workers)
         tiles, final = self.grid.tiles, self.grid.final_places()
-        with log.task(self.window.label, len(units)) as task:
+        with (
+            closing(in_order(self._forward, units, workers)) as outputs,
+            log.task(self.window.label, len(units)) as task,
+        ):
             for group in self.groups:
                 log.check_cancelled()
                 with torch.inference_mode(), torch_threads(inside):
@@ -372,9 +375,11 @@ class _Pass:
             self.sums.to(torch.device("cpu"))
         else:
             patch = " x ".join(map(str, self.window.patch_size))
+            on_cpu = self.window.device.type == "cpu"
+            other = "with more memory" if on_cpu else "on another device (--device cpu)"
             raise ResourceError(
                 f"memory of {self.window.device} ran out for one tile of {patch} voxels. Close other "
-                "programs, predict on another device (--device cpu), or use a model with a smaller patch."
+                f"programs, predict {other}, or use a model with a smaller patch."
             )
 
     def _group(self) -> list[_Group]:

@@ -35,6 +35,28 @@ def test_a_training_is_asked_first_and_interrupted_then(signals: Signals) -> Non
     assert signals.exit_code == 130
 
 
+@pytest.mark.parametrize("stuck", [True, False])
+def test_a_thread_that_is_still_busy_at_the_end_changes_neither_code_nor_output(stuck: bool) -> None:
+    script = (
+        "import atexit, sys, time\n"
+        "from medseg import cli\n"
+        "from medseg.infer.workers import in_order\n"
+        "def work(signals):\n"
+        f"    held.append(in_order(lambda n: time.sleep(n), [0, {60 * stuck}, 0], 2))\n"
+        "    next(held[0])\n"
+        f"    {'pass' if stuck else 'list(held[0])'}\n"
+        "    print('all is done')\n"
+        "    return 3\n"
+        "held = []\n"
+        "atexit.register(print, 'Python is taken down')\n"
+        "cli._run = work\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    said = "all is done\n" if stuck else "all is done\nPython is taken down\n"
+    assert (done.returncode, done.stdout, done.stderr) == (3, said, "")
+
+
 def test_handlers_come_back_after_the_time_in_which_a_signal_kills() -> None:
     before = signal.getsignal(signal.SIGINT)
     with mortal():

@@ -161,6 +161,44 @@ def test_an_error_in_a_worker_reaches_the_caller():
         list(in_order(lambda n: 1 // (n - 2), range(10), workers=2))
 
 
+def busy_threads():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("medseg ")]
+
+
+def test_no_worker_is_alive_once_all_is_done_or_the_iterator_is_closed():
+    assert list(in_order(lambda n: n, range(9), workers=3)) == list(range(9)) and not busy_threads()
+    some = in_order(lambda n: n, range(9), workers=3)
+    assert next(some) == 0 and len(busy_threads()) == 3
+    some.close()
+    assert not busy_threads()
+
+
+def test_a_worker_that_is_stuck_is_not_waited_for():
+    release, began = threading.Event(), time.monotonic()
+    some = in_order(lambda n: release.wait(60) if n else n, [0, 1, 1], workers=2)
+    assert next(some) == 0
+    some.close()
+    assert time.monotonic() - began < 20 and busy_threads()
+    release.set()
+    deadline = time.monotonic() + 20
+    while busy_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not busy_threads()
+
+
+def test_no_worker_outlives_a_volume(monkeypatch):
+    monkeypatch.setattr(sliding, "tiles_at_once", lambda *_: 2)
+    monkeypatch.setattr(sliding, "BATCH_VOXELS", 1)
+    alive = set()
+
+    def network(tile):
+        alive.update(busy_threads())
+        return tile
+
+    sliding_window(network, noise((1, 16, 8, 8)), (8, 8, 8), 1, threads=2)
+    assert alive == {"medseg tiles 0", "medseg tiles 1"} and not busy_threads()
+
+
 @pytest.mark.parametrize(
     ("device", "precision", "says"),
     [
