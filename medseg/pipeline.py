@@ -23,6 +23,7 @@ from medseg.errors import (
     LabelError,
     MedsegError,
     OutputError,
+    PlanError,
     ReadError,
     ResourceError,
 )
@@ -148,7 +149,7 @@ def segment(
     """
     predictor = _predictor(models, options, changes, previous)
     _check_cascade(predictor, previous_labels is not None)
-    volume = _to_volume(image, len(predictor.channels))
+    volume = _to_volume(image, predictor)
     if previous_labels is None:
         return predictor.segment(volume, probabilities)
     first = _first_stage(previous_labels, volume, predictor.labels)
@@ -240,13 +241,7 @@ def load_models(
 def _load_model(model: "Model", previous: PathLike | None, checkpoint: str | None) -> "Bundle | MonaiModel":
     if not isinstance(model, str | Path):
         return model
-    if checkpoint is None:
-        return load_model(model, previous)
-    from medseg.exchange.nnunet import is_nnunet_model, load_nnunet
-
-    if not is_nnunet_model(model):
-        raise ConfigError(f"{model}: is no model of nnU-Net, so there is no checkpoint {checkpoint!r} of it.")
-    return load_nnunet(model, previous, checkpoint)
+    return load_model(model, previous, checkpoint)
 
 
 @dataclass
@@ -355,7 +350,7 @@ class _Run:
 
     def read(self, case: Case, _: None) -> _Loaded:
         """Read and preprocess."""
-        volume = read_image(case)
+        volume = _read(case, self.predictor)
         hashes = {name: sha256_file(path) for name, path in self.inputs(case).items() if path.exists()}
         first = None
         if self.first_stages is not None:
@@ -383,10 +378,11 @@ class _Run:
 
     def row(self, outcome: Outcome[Case]) -> CaseResult:
         """Return what became of a case, or raise what concerns all or the only one."""
-        case, error = outcome.item, outcome.error
-        if error is None:
+        case = outcome.item
+        if outcome.error is None:
             done: CaseResult = outcome.value
             return done
+        error = _as_own(outcome.error)
         reason = _reason(case, error)
         if isinstance(error, MedsegError) and not self.source.is_dir():
             raise type(error)(reason) from error
@@ -484,7 +480,7 @@ def _check_cascade(predictor: "Segmenter", given: bool) -> None:
             )
 
 
-def _to_volume(image: Image, channels: int) -> Volume:
+def _to_volume(image: Image, predictor: "Segmenter") -> Volume:
     if isinstance(image, Volume):
         return image
     if isinstance(image, tuple):
@@ -494,11 +490,25 @@ def _to_volume(image: Image, channels: int) -> Volume:
         if not image:
             raise DataError("the list of images is empty. Pass one file for each channel of the case.")
         paths = tuple(Path(path) for path in image)
-        return read_image(Case(stem_of(paths[0]), paths, None, stem_of(paths[0])))
-    cases = list_cases(image, channels)
+        return _read(Case(stem_of(paths[0]), paths, None, stem_of(paths[0])), predictor)
+    cases = list_cases(image, len(predictor.channels))
     if len(cases) > 1:
         raise ReadError(f"{image}: holds {len(cases)} cases. Pass one of them, or use predict_folder.")
-    return read_image(cases[0])
+    return _read(cases[0], predictor)
+
+
+def _read(case: Case, predictor: "Segmenter") -> Volume:
+    """Read an image; say so where one file holds several channels and the model takes others."""
+    volume, wanted = read_image(case), predictor.channels
+    if len(case.images) == 1 and 1 < volume.channels != len(wanted):
+        kind = PlanError if _bundles(predictor) else DataError
+        shape = " x ".join(map(str, (*volume.shape, volume.channels)))
+        what = "is 4D" if volume.shape[2] > 1 else "has several colours"
+        raise kind(
+            f"{case.images[0]}: {what} ({shape}), so {volume.channels} channels are in one file; the model "
+            f"takes {len(wanted)} ({', '.join(wanted)}). Give one 3D volume a channel."
+        )
+    return volume
 
 
 def _list_first_stages(folder: PathLike) -> dict[str, Path]:
@@ -533,7 +543,8 @@ def _targets(cases: Sequence[Case], source: PathLike, output: PathLike) -> Itera
     Raises
     ------
     ConfigError
-        A result would replace an image or lie among them, or medseg does not write its format.
+        A result would replace an image or lie among them, medseg does not write its format, or a folder has
+        the name of a file.
     OutputError
         The output cannot be written.
     """
@@ -544,8 +555,7 @@ def _targets(cases: Sequence[Case], source: PathLike, output: PathLike) -> Itera
             f"{output}: is the folder of the images, so label maps would lie among them and could replace "
             "them. Choose another output folder."
         )
-    if named and suffix_of(output) not in WRITERS:
-        raise ConfigError(f"{output}: medseg does not write this format. Use one of {' '.join(WRITERS)}.")
+    _check_name(source, output)
     check_writable(output, folder=not named)
     for case in cases:
         ending = suffix_of(case.images[0]) if case.images else ""
@@ -554,6 +564,18 @@ def _targets(cases: Sequence[Case], source: PathLike, output: PathLike) -> Itera
         if any(target.resolve() == path.resolve() for path in case.images):
             raise ConfigError(f"{target}: the label map would replace its image. Choose another output.")
         yield case, target
+
+
+def _check_name(source: Path, output: Path) -> None:
+    """Refuse a file's name for a folder, and a file that medseg does not write."""
+    ending = suffix_of(output)
+    if output.is_dir() and (source.is_dir() or not ending):
+        return
+    if ending and source.is_dir():
+        raise ConfigError(f"{output}: is the name of one file, and {source} is a folder. Give a folder.")
+    # A folder may be named out.v2; letters alone, as in labels.foo, mean a format.
+    if (ending or (output.suffix[1:].isalpha() and not source.is_dir())) and ending not in WRITERS:
+        raise ConfigError(f"{output}: medseg does not write this format. Use one of {' '.join(WRITERS)}.")
 
 
 def _emptied(volume: Volume) -> Volume:
@@ -595,13 +617,25 @@ def free_memory() -> int | None:
     return min(found, default=None)
 
 
+def _as_own(error: BaseException) -> BaseException:
+    """Return lack of memory, whichever library says it, as one of medseg's errors; others as they are."""
+    from medseg.infer.runtime import is_out_of_memory
+
+    if isinstance(error, MedsegError) or not is_out_of_memory(error):
+        return error
+    memory = ResourceError(
+        "memory ran out. Close other programs, predict on a machine with more memory, or use a model with a "
+        "smaller patch."
+    )
+    memory.__cause__ = error
+    return memory
+
+
 def _reason(case: Case, error: BaseException) -> str:
     """Return the sentence for a failed case, or raise what concerns all cases."""
     full = error.__cause__ is not None and is_disk_full(error.__cause__)
     if isinstance(error, Cancelled) or (isinstance(error, ResourceError) and full):
         raise error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"{case.name}: memory ran out. Close other programs, or predict on another device."
     if isinstance(error, MedsegError):
         text = str(error)
         named = text.startswith(f"{case.name}:") or any(path.name in text for path in case.images)

@@ -134,7 +134,10 @@ def test_one_bad_case_is_a_row_and_the_others_finish(bundle, images, tmp_path):
     assert [row["status"] for row in report(tmp_path / "out")["cases"]] == ["done", "failed", "done"]
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("odd"), MemoryError()])
+LACK = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("odd"), MemoryError(), RuntimeError(LACK)])
 def test_a_fault_in_the_middle_of_a_case_is_a_row(bundle, images, tmp_path, monkeypatch, fault):
     original, calls = Predictor.segment_prepared, []
 
@@ -147,7 +150,23 @@ def test_a_fault_in_the_middle_of_a_case_is_a_row(bundle, images, tmp_path, monk
     monkeypatch.setattr(Predictor, "segment_prepared", broken)
     results = predict_folder(images, bundle, tmp_path / "out", **FAST)
     assert [r.status for r in results] == ["done", "failed", "done"]
-    assert ("memory ran out" if isinstance(fault, MemoryError) else "RuntimeError: odd") in results[1].error
+    assert ("RuntimeError: odd" if str(fault) == "odd" else "memory ran out. Close") in results[1].error
+    assert ("medseg check" in results[1].error) is (str(fault) == "odd")
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), RuntimeError(LACK)])
+def test_lack_of_memory_for_the_only_case_is_a_resource_error(bundle, images, tmp_path, monkeypatch, fault):
+    def lack(self, volume):
+        raise fault
+
+    monkeypatch.setattr(Predictor, "prepare", lack)
+    with pytest.raises(ResourceError, match=r"ann: memory ran out.*smaller patch"):
+        predict_folder(images / "ann_0000.nii.gz", bundle, tmp_path / "out", **FAST)
+
+
+def test_no_thread_is_alive_after_a_prediction(bundle, images, tmp_path):
+    predict_folder(images, bundle, tmp_path / "out", **FAST | {"threads": 2})
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("medseg ")]
 
 
 def test_a_case_that_cannot_be_read_in_time_is_given_up(bundle, images, tmp_path, monkeypatch):
@@ -274,6 +293,43 @@ def test_one_file_goes_to_a_folder_or_to_a_name(bundle, images, tmp_path):
     assert {p.name for p in (tmp_path / "masks").iterdir()} == {"liver.nrrd", "liver.json"}
 
 
+@pytest.mark.parametrize(
+    ("source", "name", "says"),
+    [
+        ("images", "x.nii.gz", "name of one file"),
+        ("images", "x.png", "name of one file"),
+        ("images", "out.v2", None),
+        ("images", "out.final", None),
+        ("images/ann_0000.nii.gz", "x.foo", "does not write this format"),
+        ("images/ann_0000.nii.gz", "x.jpg", "does not write this format"),
+        ("images/ann_0000.nii.gz", "out.v2", None),
+        ("images/ann_0000.nii.gz", "there.foo", None),
+    ],
+)
+def test_a_file_name_is_never_taken_for_a_folder(bundle, images, tmp_path, source, name, says):
+    (tmp_path / "there.foo").mkdir()
+    if says is None:
+        assert list_work(tmp_path / source, bundle, tmp_path / name)[0].output.parent == tmp_path / name
+        return
+    with pytest.raises(ConfigError, match=says):
+        list_work(tmp_path / source, bundle, tmp_path / name)
+    with pytest.raises(ConfigError, match=says):
+        predict_folder(tmp_path / source, bundle, tmp_path / name, **FAST)
+    assert not (tmp_path / name).exists()
+
+
+def test_one_file_of_several_channels_is_said_to_be_4d(bundle, tmp_path):
+    path = tmp_path / "images" / "fay.nii.gz"
+    write(image((13, 11, 9), channels=3), path)
+    for attempt in (
+        lambda: predict_folder(path, bundle, tmp_path / "out", **FAST),
+        lambda: segment(path, bundle, **FAST),
+        lambda: segment([path], bundle, **FAST),
+    ):
+        with pytest.raises(PlanError, match=r"fay.nii.gz: is 4D \(13 x 11 x 9 x 3\).*takes 1 \(MR\)"):
+            attempt()
+
+
 def test_label_maps_keep_the_format_of_their_images(bundle, tmp_path):
     write(image(), tmp_path / "images" / "dot.mha")
     results = predict_folder(tmp_path / "images", bundle, tmp_path / "out", **FAST)
@@ -371,8 +427,20 @@ def test_the_command_ends_with_partial_failure_when_a_case_failed(bundle, images
     (images / "ben_0000.nii.gz").write_bytes(b"not an image")
     result = run("predict", images, "-m", bundle, "-o", tmp_path / "out", "--no-mirror", "--json")
     assert isinstance(result.exception, PartialFailure) and result.exception.exit_code == 3
-    assert "1 of 3 cases failed (ben)" in str(result.exception)
+    assert "1 of 3 cases failed (ben)" in str(result.exception) and "--resume" in str(result.exception)
+    assert json.loads(result.stdout)["counts"] == {"done": 2, "skipped": 0, "failed": 1}
     assert [row["status"] for row in json.loads(result.stdout)["cases"]] == ["done", "failed", "done"]
+
+
+def test_where_all_cases_fail_the_model_is_doubted_and_not_each_case(bundle, tmp_path):
+    for name in ("ann", "ben"):
+        for channel in range(2):
+            write(image(), tmp_path / "images" / f"{name}_{channel:04d}.nii.gz")
+    result = run("predict", tmp_path / "images", "-m", bundle, "-o", tmp_path / "out", "--json")
+    assert isinstance(result.exception, PartialFailure) and result.exception.exit_code == 3
+    assert "2 of 2 cases failed (ann, ben)" in str(result.exception)
+    assert "model is for these images" in str(result.exception) and "--resume" not in str(result.exception)
+    assert json.loads(result.stdout)["counts"] == {"done": 0, "skipped": 0, "failed": 2}
 
 
 @pytest.mark.parametrize("kind", ["bundle", "image", "plan"])

@@ -176,11 +176,16 @@ def _quick_imports() -> Iterator[None]:
 
 def _print(results: "list[CaseResult]", out: Path, json: bool) -> None:
     if json:
-        typer.echo(json_module.dumps({"output": str(out), "cases": [row.to_dict() for row in results]}))
+        rows = [row.to_dict() for row in results]
+        typer.echo(json_module.dumps({"output": str(out), "counts": _count(results), "cases": rows}))
         return
     for row in results:
         if row.status != "failed":  # failures have been said on stderr
             typer.echo(f"{row.status:<8}{row.output}")
+
+
+def _count(results: "list[CaseResult]") -> dict[str, int]:
+    return {name: sum(row.status == name for row in results) for name in ("done", "skipped", "failed")}
 
 
 def _summary(results: "list[CaseResult]", seconds: float) -> str:
@@ -189,7 +194,7 @@ def _summary(results: "list[CaseResult]", seconds: float) -> str:
     >>> _summary([], 0.0)
     '0 done'
     """
-    counts = {name: sum(row.status == name for row in results) for name in ("done", "skipped", "failed")}
+    counts = _count(results)
     words = {"done": "done", "skipped": "done before", "failed": "failed"}
     text = ", ".join(f"{n} {words[name]}" for name, n in counts.items() if n or name == "done")
     if counts["done"]:
@@ -210,7 +215,9 @@ def _raise_if_failed(results: "list[CaseResult]", out: Path) -> None:
     failed = [row.case for row in results if row.status == "failed"]
     if failed:
         sys.stdout.flush()
+        remedy = "Mend them and run the same command with --resume."
+        if len(failed) == len(results) > 1:  # hardly each by itself
+            remedy = "What is wrong with each is said above. Check that the model is for these images."
         raise PartialFailure(
-            f"{out}: {len(failed)} of {len(results)} cases failed ({', '.join(failed[:5])}). "
-            "Mend them and run the same command with --resume."
+            f"{out}: {len(failed)} of {len(results)} cases failed ({', '.join(failed[:5])}). {remedy}"
         )

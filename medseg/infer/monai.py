@@ -131,7 +131,8 @@ class MonaiPredictor:
 
         if volume.channels != len(self.channels):
             raise DataError(
-                f"image has {volume.channels} channels, {self.model} expects {len(self.channels)} "
+                f"image has {volume.channels} channel{'s' * (volume.channels != 1)}, "
+                f"{self.model} expects {len(self.channels)} "
                 f"({', '.join(self.channels)}). Give one file for each, in this order."
             )
         self._check_size(volume)

@@ -145,7 +145,8 @@ def _as_recorded(volume: Volume, record: Record) -> Volume:
 def _check(image: Volume, plan: Plan, label: Volume | None) -> None:
     if image.channels != len(plan.channels):
         raise PlanError(
-            f"image has {image.channels} channels, the plan of {plan.dataset_name} expects "
+            f"image has {image.channels} channel{'s' * (image.channels != 1)}, "
+            f"the plan of {plan.dataset_name} expects "
             f"{len(plan.channels)} ({', '.join(plan.channels)}). Give one file for each, in this order."
         )
     whole = image.array.dtype.kind in "uib"

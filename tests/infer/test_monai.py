@@ -326,7 +326,7 @@ def test_the_progress_knows_how_many_tiles_there_are(jobs):
 
 
 def test_an_image_with_other_channels_is_refused(jobs):
-    with pytest.raises(DataError, match=r"1 channels, .* expects 4 \(T1c, T1, T2, FLAIR\)"):
+    with pytest.raises(DataError, match=r"1 channel, .* expects 4 \(T1c, T1, T2, FLAIR\)"):
         predictor(jobs["brats"]).segment(read(jobs["spleen"]))
 
 
