@@ -86,7 +86,7 @@ class Predictor:
     def __init__(
         self, bundles: Sequence[Bundle] | Bundle, options: Options | None = None, **changes: Any
     ) -> None:
-        self.bundles = (bundles,) if isinstance(bundles, Bundle) else tuple(bundles)
+        self.bundles = _list_bundles(bundles)
         self.options = options or Options(**changes)
         _check(self.bundles)
         self.models = [Model(bundle, self.options) for bundle in self.bundles]
@@ -344,6 +344,19 @@ def _tiled_voxels(shape: Shape, patch_size: Shape, step: float) -> int:
     slices = prod(shape[: len(shape) - len(patch_size)])
     axes = zip(shape[len(shape) - len(patch_size) :], patch_size, strict=True)
     return slices * prod(len(tile_starts(max(size, patch), patch, step)) * patch for size, patch in axes)
+
+
+def _list_bundles(given: Any) -> tuple[Bundle, ...]:
+    """Return one bundle or several as a tuple; refuse paths, and models of MONAI, which have no plan."""
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    bundles = tuple(given) if several else (given,)
+    for each in bundles:
+        if not isinstance(each, Bundle):
+            raise BundleError(
+                f"{each}: expected a bundle. Open a path with medseg.load_model first; a model of MONAI is for "
+                "medseg.infer.make_predictor([model])."
+            )
+    return bundles
 
 
 def _check(bundles: Sequence[Bundle]) -> None:

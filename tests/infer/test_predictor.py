@@ -202,6 +202,8 @@ def test_a_cascade_without_its_first_stage_says_how_to_give_it_when_no_label_map
         ([tiny_bundle(), tiny_bundle(labels=LabelSet.parse({"background": 0, "bone": 1}))], "labels"),
         ([tiny_bundle(), tiny_bundle(channels=("T1", "T2"))], "channels"),
         ([tiny_bundle(folds=0)], "no weights"),
+        ("a/path", r"a/path: expected a bundle.*medseg\.load_model"),
+        ([object()], r"make_predictor\(\[model\]\)"),
     ],
 )
 def test_models_that_cannot_be_used_together_are_refused(bundles, says):
