@@ -353,8 +353,8 @@ def _list_bundles(given: Any) -> tuple[Bundle, ...]:
     for each in bundles:
         if not isinstance(each, Bundle):
             raise BundleError(
-                f"{each}: expected a bundle. Open a path with medseg.load_model first; a model of MONAI is for "
-                "medseg.infer.make_predictor([model])."
+                f"{each}: expected a bundle. Open a path with medseg.load_model first; a model of MONAI is "
+                "for medseg.infer.make_predictor([model])."
             )
     return bundles
 
