@@ -9,7 +9,8 @@ from typing import TypeVar, cast
 
 from medseg.labels import LabelSet
 from medseg.plan.schema import Configuration
-from medseg.preprocess import Part, Record, decide_probabilities, probability_parts
+from medseg.preprocess import Record
+from medseg.preprocess.restore import Part, decide_probabilities, probability_parts
 from medseg.types import FloatArray, PathLike
 from medseg.volume import Volume
 

@@ -19,15 +19,9 @@ from medseg.infer.ensemble import Output, combine
 from medseg.infer.runtime import Runtime, choose_runtime, count_threads
 from medseg.infer.sliding import Room, Window, in_half_or_single
 from medseg.labels import LabelSet
-from medseg.preprocess import (
-    Preprocessed,
-    Record,
-    Way,
-    preprocess,
-    preprocess_labels,
-    restore_labels,
-    restore_probabilities,
-)
+from medseg.preprocess import Preprocessed, Record, preprocess, preprocess_labels
+from medseg.preprocess.bricks import Way
+from medseg.preprocess.restore import restore_labels, restore_probabilities
 from medseg.segmentation import Segmentation
 from medseg.types import FloatArray, PathLike, Shape
 from medseg.volume import Volume

@@ -27,7 +27,7 @@ from medseg.infer.runtime import (
 )
 from medseg.infer.stream import Grid, Index, NotFiniteError, Place, Sums
 from medseg.infer.workers import in_order
-from medseg.preprocess import Block
+from medseg.preprocess.bricks import Block
 from medseg.types import FloatArray, Shape
 
 # Voxels of all tiles that go through the network at once on a CPU: small tiles (slices) are grouped.

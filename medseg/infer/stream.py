@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from medseg.geometry.tiles import gaussian_weights
-from medseg.preprocess import Block
+from medseg.preprocess.bricks import Block
 from medseg.types import Shape
 
 # Values of a chunk, at least: smaller ones are not worth the calls.

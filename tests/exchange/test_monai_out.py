@@ -23,7 +23,8 @@ from medseg.infer.sliding import sliding_window
 from medseg.io import list_cases, read_image, write
 from medseg.labels import LabelSet
 from medseg.postprocess import Postprocessing, apply
-from medseg.preprocess import preprocess, restore_labels
+from medseg.preprocess import preprocess
+from medseg.preprocess.restore import restore_labels
 from medseg.volume import Geometry, Volume
 from tests.infer.models import image, tiny_bundle, tiny_plan
 

@@ -6,7 +6,7 @@ import pytest
 from medseg.exchange import load_model
 from medseg.infer import Predictor
 from medseg.io import list_cases, read, read_image
-from medseg.preprocess import restore_labels, restore_probabilities
+from medseg.preprocess.restore import restore_labels, restore_probabilities
 
 MODELS = [
     "a_hippocampus",

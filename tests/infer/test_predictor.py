@@ -13,7 +13,8 @@ from medseg.infer import Options, Predictor
 from medseg.infer.ensemble import Output, combine
 from medseg.infer.predictor import Model
 from medseg.labels import LabelSet
-from medseg.preprocess import preprocess, preprocess_labels, restore_labels, restore_probabilities
+from medseg.preprocess import preprocess, preprocess_labels
+from medseg.preprocess.restore import restore_labels, restore_probabilities
 from medseg.volume import Geometry, Volume
 from tests.infer.models import LABELS, image, tiny_bundle
 from tests.phantoms import affine

@@ -14,8 +14,9 @@ from medseg.geometry.resample import axis_taps, axis_weights
 from medseg.infer import Predictor, sliding, stream
 from medseg.infer.sliding import Window
 from medseg.labels import LabelSet
-from medseg.preprocess import Block, Way, bricks, restore, restore_labels, restore_probabilities
-from medseg.preprocess.restore import _elect, _paint
+from medseg.preprocess import bricks, restore
+from medseg.preprocess.bricks import Block, Way
+from medseg.preprocess.restore import _elect, _paint, restore_labels, restore_probabilities
 from tests.infer.models import image, tiny_bundle
 
 CPU = {"device": "cpu", "threads": 1}

@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from medseg.io import open_dataset, read, read_image, read_label
 from medseg.io.dataset import list_cases
 from medseg.plan import Plan, from_nnunet
-from medseg.preprocess import class_locations, preprocess, restore_labels, restore_probabilities
+from medseg.preprocess import class_locations, preprocess
+from medseg.preprocess.restore import restore_labels, restore_probabilities
 
 CASES = [
     ("hippocampus", "3d_fullres", "hippocampus_001"),

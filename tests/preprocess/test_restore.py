@@ -11,18 +11,15 @@ from scipy import ndimage
 
 from medseg.errors import DataError, GeometryError, LabelError, PlanError
 from medseg.labels import LabelSet
-from medseg.preprocess import (
-    Record,
-    bricks,
+from medseg.preprocess import Record, bricks, preprocess, preprocess_labels
+from medseg.preprocess.bricks import round_to_half
+from medseg.preprocess.restore import (
     labels_at_shape,
-    preprocess,
-    preprocess_labels,
     probability_parts,
     restore_array,
     restore_labels,
     restore_probabilities,
 )
-from medseg.preprocess.bricks import round_to_half
 from medseg.volume import Volume
 from tests.preprocess.cases import CLASSES, TRANSPOSES, make_case, make_plan
 
