@@ -1,0 +1,1 @@
+"""Named, hashed downloads: weights, sample images and the viewer's script."""
