@@ -11,6 +11,7 @@
     ├── ConfigError (ValueError)      a setting is unknown or out of range
     │   └── PlanError                 a plan does not fit its data or its network
     ├── BundleError (ValueError)      a trained model is missing, damaged, or refused
+    ├── AssetError (RuntimeError)      weights or a sample cannot be had, or are not what they should be
     ├── ResourceError (RuntimeError)  memory, disk or a device ran out
     ├── OutputError (OSError)         a result cannot be written where it should go
     ├── TrainingError (RuntimeError)  training cannot go on (NaN loss, nothing to train on)
@@ -68,6 +69,13 @@ class BundleError(MedsegError, ValueError):
 
     exit_code = 6
     http_status = 422
+
+
+class AssetError(MedsegError, RuntimeError):
+    """Published weights, a sample or a script cannot be had, or the file is another than it should be."""
+
+    exit_code = 10
+    http_status = 503
 
 
 class ResourceError(MedsegError, RuntimeError):
