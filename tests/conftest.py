@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from medseg import assets
+from medseg.errors import AssetError
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -43,6 +46,28 @@ def data_dir() -> Path:
 def golden_dir() -> Path:
     """Folder with outputs of nnU-Net and of metric packages."""
     return _present(_shared() / "golden")
+
+
+def _asset(name: str, given: Path | None = None) -> Path:
+    """Return published weights: a file beside the real data, or fetched once into the user's cache."""
+    try:
+        return assets.find(name, given=given if given and given.is_file() else None)
+    except AssetError as error:
+        if os.environ.get("MEDSEG_REQUIRE_DATA") == "1":
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def lite_medsam_path() -> Path:
+    """Weights of LiteMedSAM, which understands boxes (39 MB)."""
+    return _asset("lite-medsam")
+
+
+@pytest.fixture(scope="session")
+def mobile_sam_path() -> Path:
+    """Weights of MobileSAM, which understands clicks too (41 MB)."""
+    return _asset("mobile-sam", _shared() / "weights" / "mobile_sam.pt")
 
 
 @pytest.fixture(scope="session")

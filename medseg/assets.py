@@ -1,1 +1,0 @@
-"""Named, hashed downloads: weights, sample images and the viewer's script."""
