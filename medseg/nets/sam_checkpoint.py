@@ -175,6 +175,8 @@ def _rename(tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
     weights = {_WRAPPERS.sub("", str(name)): value for name, value in tensors.items()}
     if not any(name.startswith("vision_encoder.") for name in weights):
         return weights
+    if any(name.startswith("memory_encoder.") for name in weights):
+        return weights  # SAM 2 of transformers has names of its own
     renamed = {}
     for name, value in weights.items():
         for pattern, new in _RENAMES:
