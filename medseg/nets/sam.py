@@ -8,6 +8,7 @@ of the first pixel is (0, 0). Preprocessing of slices is in :mod:`medseg.prompt.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 from torch import Tensor, nn
@@ -60,9 +61,9 @@ SPECS = {
     )
 }
 ENCODERS: dict[str, Callable[[], nn.Module]] = {
-    "tinyvit": lambda: TinyViT(stem_stride=2),
-    "tinyvit-full": lambda: TinyViT(stem_stride=1),
-    **{name: (lambda size=size: ImageEncoderViT(size)) for name, size in SIZES.items()},
+    "tinyvit": partial(TinyViT, stem_stride=2),
+    "tinyvit-full": partial(TinyViT, stem_stride=1),
+    **{name: partial(ImageEncoderViT, size) for name, size in SIZES.items()},
 }
 
 

@@ -5,6 +5,7 @@ with 5 million parameters, its class head replaced by SAM's neck (Zhang et al., 
 2023). Parameters have the names of the published checkpoints.
 """
 
+import copy
 from typing import cast
 
 import torch
@@ -234,16 +235,27 @@ class TinyViT(nn.Module):
         return cast(Tensor, self.neck(x))
 
 
-def fold(module: nn.Module) -> None:
-    """Make each convolution and its batch norm below `module` one convolution, in place.
+def fold(encoder: nn.Module) -> nn.Module:
+    """Return `encoder` with each convolution and its batch norm made one convolution.
 
-    The same function in evaluation, up to rounding; the module can then no longer read a checkpoint.
+    The same function in evaluation, up to rounding. An encoder without batch norms comes back as is; else the
+    result is a copy, which cannot read a checkpoint any more.
     """
+    if not any(isinstance(module, ConvNorm) for module in encoder.modules()):
+        return encoder
+    encoder = copy.deepcopy(encoder)
+    _fold_below(encoder)
+    return encoder
+
+
+def _fold_below(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, ConvNorm):
-            setattr(module, name, child.folded().to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+            folded = child.folded()
+            folded.weight.data = folded.weight.data.contiguous(memory_format=torch.channels_last)
+            setattr(module, name, folded)
         else:
-            fold(child)
+            _fold_below(child)
 
 
 def _distances(window: int) -> Tensor:
