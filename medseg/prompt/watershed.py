@@ -14,9 +14,13 @@ from pydantic import Field
 from medseg.config import Config
 from medseg.prompt.regions import Region, Triple
 from medseg.prompt.simulate import BoxPrompt, Click
-from medseg.types import FloatArray, IntArray
+from medseg.types import BoolArray, FloatArray, IntArray
 
 _INSIDE, _OUTSIDE = 1, 2
+# Parts of the box whose grey values are typical of the object, and that are object whatever their value.
+_MIDDLE, _CENTRE = 0.5, 0.25
+# Of 256 grey levels: a flat object is not without noise.
+_LEAST_SPREAD = 5.0
 
 
 class WatershedConfig(Config):
@@ -26,6 +30,12 @@ class WatershedConfig(Config):
     ----------
     inside : float
         Axes of the ellipse that is surely object, as a part of the box.
+    outside : float
+        Squared distance from the middle, in half sides of the box and its slices, from where on it is
+        surely not object: 1 is the ellipsoid within the box, 3 its corners. Organs do not fill corners.
+    tone : float
+        Voxels of that ellipse whose grey value is further from the median in the middle of the box, in robust
+        standard deviations (1.4826 times the median deviation), are not sure.
     margin : int
         Voxels around the box before the outside begins.
     sigma : float
@@ -37,7 +47,9 @@ class WatershedConfig(Config):
         Part of that reach, or of the known range, over which the inner marker tapers to nothing.
     """
 
-    inside: float = Field(0.5, gt=0, lt=1)
+    inside: float = Field(0.9, gt=0, lt=1)
+    outside: float = Field(1.5, gt=1)
+    tone: float = Field(3.0, gt=0)
     margin: int = Field(1, ge=0)
     sigma: float = Field(1.0, gt=0)
     depth: float = Field(0.5, gt=0)
@@ -73,7 +85,7 @@ def watershed(
     Parameters
     ----------
     image : (i, j, k)
-        Grey values, best through a window (``Scene.grey``).
+        Grey values through a window, 0 to 255 (``Scene.grey``).
     spacing : three floats
         Voxel size along i, j, k.
     prompt : BoxPrompt
@@ -93,9 +105,10 @@ def watershed(
     shape: Triple = (image.shape[0], image.shape[1], image.shape[2])
     low, high = _reach(shape, spacing, prompt, limits, config)
     crop = _crop(shape, prompt, low, high, clicks)
-    markers = _markers(crop, prompt, (low, high), config)
+    seen = image[crop.slices]
+    markers = _markers(seen, crop, prompt, (low, high), config)
     _add_clicks(markers, crop, clicks)
-    flooded = _flood(_gradient(image[crop.slices], spacing, config.sigma), markers)
+    flooded = _flood(_gradient(seen, spacing, config.sigma), markers)
     return Region.at(flooded == _INSIDE, crop.start, shape)
 
 
@@ -131,25 +144,40 @@ def _crop(shape: Triple, prompt: BoxPrompt, low: int, high: int, clicks: Sequenc
     return _Crop((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
 
 
-def _markers(crop: _Crop, prompt: BoxPrompt, reach: tuple[int, int], config: WatershedConfig) -> IntArray:
+def _markers(
+    image: FloatArray, crop: _Crop, prompt: BoxPrompt, reach: tuple[int, int], config: WatershedConfig
+) -> IntArray:
     """Mark a tapering ellipse inside, and everything beyond the box and its slices outside."""
     rows, columns = (a for a in range(3) if a != prompt.axis)
     r, c, s = (_along(crop, axis) for axis in (rows, columns, prompt.axis))
     top, left, bottom, right = prompt.box
     v = (r - (top + bottom) / 2) / ((bottom - top) / 2)
     h = (c - (left + right) / 2) / ((right - left) / 2)
-    below = max(config.core * (prompt.index - reach[0]), 0.5)
-    above = max(config.core * (reach[1] - prompt.index), 0.5)
-    d = (s - prompt.index) / np.where(s < prompt.index, below, above)
+    depth = np.where(s < prompt.index, prompt.index - reach[0], reach[1] - prompt.index)
+    far = v**2 + h**2
     beyond = (r < top - config.margin) | (r > bottom + config.margin)
     beyond = beyond | (c < left - config.margin) | (c > right + config.margin)
     beyond = beyond | (s < reach[0]) | (s > reach[1])
-    inside = (v / config.inside) ** 2 + (h / config.inside) ** 2 + d**2 <= 1
+    beyond = beyond | (far + ((s - prompt.index) / (depth + 0.5)) ** 2 > config.outside)
+    core = ((s - prompt.index) / np.maximum(config.core * depth, 0.5)) ** 2
+    middle = np.broadcast_to((far <= _MIDDLE**2) & (s == prompt.index), crop.shape)
+    inside = (far / config.inside**2 + core <= 1) & _alike(image, middle, config.tone)
+    inside = inside | (far / _CENTRE**2 + core / _CENTRE <= 1)
     markers = np.where(beyond, _OUTSIDE, 0).astype(np.uint8)
     markers[inside & ~beyond] = _INSIDE
     if not (markers == _INSIDE).any():
-        markers[_middle(crop, prompt)] = _INSIDE
+        markers[_middle_voxel(crop, prompt)] = _INSIDE
     return markers
+
+
+def _alike(image: FloatArray, middle: BoolArray, tone: float) -> BoolArray:
+    """Return where grey values are like those in the middle of the box."""
+    values = image[middle]
+    if not values.size:
+        return np.ones(image.shape, dtype=bool)
+    median = float(np.median(values))
+    spread = 1.4826 * float(np.median(np.abs(values - median)))
+    return np.asarray(np.abs(image - median) <= tone * max(spread, _LEAST_SPREAD))
 
 
 def _along(crop: _Crop, axis: int) -> FloatArray:
@@ -158,7 +186,7 @@ def _along(crop: _Crop, axis: int) -> FloatArray:
     return np.arange(crop.start[axis], crop.stop[axis], dtype=np.float64).reshape(shape)
 
 
-def _middle(crop: _Crop, prompt: BoxPrompt) -> Triple:
+def _middle_voxel(crop: _Crop, prompt: BoxPrompt) -> Triple:
     where = [int((prompt.box[0] + prompt.box[2]) / 2), int((prompt.box[1] + prompt.box[3]) / 2)]
     where.insert(prompt.axis, prompt.index)
     i, j, k = (min(max(a - s, 0), n - 1) for a, s, n in zip(where, crop.start, crop.shape, strict=True))
