@@ -8,16 +8,16 @@ unread, and a file is taken only with the hash of medseg's own table.
 import json
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from medseg.archive import Files, Limits, open_files
-from medseg.assets import admit, cached, default_cache, find, get_asset, writing
 from medseg.assets.sources import CHUNK_BYTES, Unavailable, copy_stream
+from medseg.assets.store import admit, cached, storing
 from medseg.assets.table import ASSETS, Asset
 from medseg.errors import AssetError, BundleError
 from medseg.files import atomic_path
-from medseg.log import logger, task
+from medseg.log import task
 from medseg.types import PathLike
 
 MANIFEST = "medseg-assets.json"
@@ -27,41 +27,21 @@ _LIMITS = Limits(
     strangers=True,
     kind="a pack of assets",
 )
-# What zip allows as the earliest time: equal assets make equal packs.
+# The earliest time that a zip can say: equal assets make equal packs.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-def write_pack(names: Iterable[str], out: PathLike, cache: PathLike | None = None) -> list[str]:
-    """Write a pack of assets, fetching those that are missing.
-
-    Parameters
-    ----------
-    names : of entries of the table that have a hash; none: all that the cache holds
-    out : zip to write
-    cache : folder; by default the user's
-
-    Returns
-    -------
-    list of str
-        Names of what is in it.
+def write_pack(files: Sequence[tuple[Asset, Path]], out: PathLike) -> None:
+    """Write verified files as a pack.
 
     Raises
     ------
-    AssetError
-        An asset is unknown or cannot be had, or the cache is empty and none was named.
     OutputError, ResourceError
-        The pack cannot be written.
+        It cannot be written.
     """
-    wanted = [get_asset(name) for name in dict.fromkeys(names)] or [
-        asset for asset in ASSETS.values() if asset.sha256 and cached(asset, cache).is_file()
-    ]
-    if not wanted:
-        folder = default_cache() if cache is None else cache
-        raise AssetError(f"{folder}: holds no assets to pack. Name some; medseg assets list shows all.")
-    files = [(asset, find(asset.name, cache=cache)) for asset in wanted]
     total = sum(path.stat().st_size for _, path in files)
     with atomic_path(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        archive.writestr(zipfile.ZipInfo(MANIFEST, _EPOCH), _manifest(wanted))
+        archive.writestr(zipfile.ZipInfo(MANIFEST, _EPOCH), _manifest([asset for asset, _ in files]))
         with task("packing", total) as running:
             for asset, path in files:
                 info = zipfile.ZipInfo(asset.stored_name, _EPOCH)
@@ -69,16 +49,15 @@ def write_pack(names: Iterable[str], out: PathLike, cache: PathLike | None = Non
                     while chunk := source.read(CHUNK_BYTES):
                         member.write(chunk)
                         running.advance(len(chunk), note=asset.name)
-    return [asset.name for asset in wanted]
 
 
-def _manifest(assets: Iterable[Asset]) -> str:
+def _manifest(assets: Sequence[Asset]) -> str:
     fields = ("name", "title", "filename", "licence", "size", "sha256", "citation", "notes")
     return json.dumps([{key: getattr(asset, key) for key in fields} for asset in assets], indent=2) + "\n"
 
 
 def is_pack(path: PathLike) -> bool:
-    """Return whether a zip calls itself a pack; weights of PyTorch are zips too."""
+    """Return whether a file is a zip that calls itself a pack; weights of PyTorch are zips too."""
     try:
         with zipfile.ZipFile(path) as archive:
             return MANIFEST in archive.namelist()
@@ -86,18 +65,8 @@ def is_pack(path: PathLike) -> bool:
         return False
 
 
-def read_pack(path: PathLike, cache: PathLike | None = None) -> list[str]:
-    """Put every asset of a pack into the cache.
-
-    Parameters
-    ----------
-    path : a zip that :func:`write_pack` made
-    cache : folder; by default the user's
-
-    Returns
-    -------
-    list of str
-        Names of what was taken; files that this version does not know are left.
+def read_pack(path: PathLike, cache: PathLike | None = None) -> list[Asset]:
+    """Put every asset of a pack into the cache and return them; what this version does not know is left.
 
     Raises
     ------
@@ -112,17 +81,22 @@ def read_pack(path: PathLike, cache: PathLike | None = None) -> list[str]:
     for asset in known:
         try:
             _take(asset, files, cache)
-            logger.info("%s", asset.describe())
         except AssetError as error:
             wrong.append(str(error))
     if wrong:
         raise AssetError(" ".join(wrong))
-    return [asset.name for asset in known]
+    return known
 
 
-def take_from_pack(asset: Asset, path: Path, cache: PathLike | None) -> Path:
-    """Put one asset of a pack into the cache and return its file there; raises like :func:`read_pack`."""
-    files = _open(path)
+def take_from_pack(asset: Asset, path: PathLike, cache: PathLike | None = None) -> Path:
+    """Put one asset of a pack into the cache and return its file there.
+
+    Raises
+    ------
+    AssetError
+        It is no pack, does not hold the asset, or the file in it is another.
+    """
+    files = _open(Path(path))
     if asset.stored_name not in files.names():
         raise AssetError(f"{path}: this pack holds no {asset.name}. Pack it where there is a network.")
     return _take(asset, files, cache)
@@ -140,7 +114,7 @@ def _open(path: Path) -> Files:
 
 def _take(asset: Asset, files: Files, cache: PathLike | None) -> Path:
     target = cached(asset, cache)
-    with writing(target) as folder:
+    with storing(target) as folder:
         fetched = folder / asset.filename
         try:
             with files.open(asset.stored_name) as stream:

