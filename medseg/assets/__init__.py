@@ -6,7 +6,6 @@ mirror and proxy apply), an address, a model hub. A file with another hash is ne
 """
 
 import difflib
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from medseg.assets.store import (
     admit,
     cached,
     check,
+    copy_into_cache,
     default_cache,
     hash_file,
     show_licence,
@@ -105,10 +105,7 @@ def keep(name: str, given: PathLike | None = None, cache: PathLike | None = None
     target = cached(asset, cache)
     if asset.sha256 is None or path == target:
         return path
-    with storing(target) as folder:
-        copy = folder / asset.filename
-        shutil.copyfile(path, copy)
-        admit(asset, copy, target)
+    copy_into_cache(asset, path, target)
     return target
 
 

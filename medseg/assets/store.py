@@ -8,11 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
 
-from medseg.assets.sources import Unavailable
+from medseg.assets.sources import Unavailable, copy_stream
 from medseg.assets.table import Asset
 from medseg.errors import AssetError, MedsegError, ResourceError
 from medseg.files import DISK_FULL, check_writable, is_disk_full, scratch_folder, sha256_file, write_text
-from medseg.log import logger
+from medseg.log import logger, task
 from medseg.types import PathLike
 
 # No download takes as long; a scratch folder that is older was left by a process that was killed.
@@ -77,6 +77,8 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_disk_full(error):  # of a copy
+            raise
         reason = error.strerror or error
         raise AssetError(f"{path}: cannot be read ({reason}). Check the path and its permissions.") from error
 
@@ -149,6 +151,24 @@ def admit(asset: Asset, fetched: Path, target: Path) -> None:
     except PermissionError:  # Windows, where another process has just stored it and reads it
         if not target.is_file() or check(asset, target) is not None:
             raise
+
+
+def copy_into_cache(asset: Asset, path: Path, target: Path) -> None:
+    """Copy a file that the user gave, and verify the copy: a stick or a share may fail halfway.
+
+    Raises
+    ------
+    AssetError
+        The copy is not the asset.
+    """
+    with storing(target) as folder, task(f"{asset.name}: copy", asset.size) as running:
+        copy = folder / asset.filename
+        try:
+            with _readable(path), path.open("rb") as stream:
+                copy_stream(stream, copy, asset.size or 0, running)
+            admit(asset, copy, target)
+        except Unavailable as error:
+            raise AssetError(f"{path}: changed while it was read ({error}). Give it again.") from error
 
 
 def show_licence(asset: Asset, cache: PathLike | None = None, keep: bool = True) -> None:

