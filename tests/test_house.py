@@ -248,6 +248,9 @@ REGISTRIES = {
     "medseg.io:WRITERS": "io.test_formats:test_a_written_volume_is_read_back_with_values_type_and_grid",
     "medseg.metrics:METRICS": "metrics.test_registry:test_a_perfect_prediction_has_the_best_value",
     "medseg.plan:PRESETS": "plan.test_laws:test_every_plan_fits_its_network_and_its_memory",
+    "medseg.prompt:PROPAGATORS": (
+        "prompt.test_propagators:test_a_propagator_finds_the_object_from_one_box_and_no_more"
+    ),
     "medseg.preprocess.normalize:NORMALIZERS": (
         "preprocess.test_normalize:test_every_scheme_works_in_place_and_stays_finite_on_a_constant_image"
     ),
