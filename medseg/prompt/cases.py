@@ -145,8 +145,8 @@ def load_cases(path: PathLike) -> CasesFile:
         It does not parse, or an entry is wrong.
     """
     text = read_text(path)
-    lines = (line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
-    first = next(lines, "").lstrip().removeprefix("---").strip()
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line and line != "---" and not line.startswith("#")), "")
     if first.startswith("- ") or first == "-":
         text = "cases:\n" + text.replace("---\n", "", 1)
     elif first.startswith("["):

@@ -22,6 +22,8 @@ BOX_JITTER = 0.05
 # Millimetres by which a click misses the place that it aims at.
 CLICK_JITTER = 2.0
 Aim = Literal["centre", "random"]
+# float32 distances this near to the largest are as large.
+_AS_DEEP = 1 - 1e-5
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,9 @@ def next_click(
     return Click((i, j, k), positive)
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Two masks cut to the box that holds both."""
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two masks cut to the box that holds both, whose first voxel is `start`."""
 
     reference: BoolArray
     prediction: BoolArray
@@ -175,7 +177,7 @@ class _Pair:
 def _largest_error(
     reference: BoolArray | Region, prediction: BoolArray | Region
 ) -> tuple[BoolArray, Triple, bool] | None:
-    pair = _cut(reference, prediction)
+    pair = cut_pair(reference, prediction)
     if pair is None:
         return None
     missed = _largest(pair.reference & ~pair.prediction)
@@ -189,7 +191,14 @@ def _largest_error(
     return np.asarray(error[box_slices(box)]), (i, j, k), positive
 
 
-def _cut(reference: BoolArray | Region, prediction: BoolArray | Region) -> _Pair | None:
+def cut_pair(reference: BoolArray | Region, prediction: BoolArray | Region) -> Pair | None:
+    """Cut two masks of one grid to the box that holds both; None where both are empty.
+
+    Raises
+    ------
+    DataError
+        They lie on different grids.
+    """
     if reference.shape != prediction.shape:
         raise DataError(
             f"reference {reference.shape} and prediction {prediction.shape} lie on different grids. "
@@ -202,7 +211,7 @@ def _cut(reference: BoolArray | Region, prediction: BoolArray | Region) -> _Pair
         return None
     i, j, k = np.min([region.start for region in filled], axis=0).tolist()
     a, b, c = np.max([region.stop for region in filled], axis=0).tolist()
-    return _Pair(known.window((i, j, k), (a, b, c)), guess.window((i, j, k), (a, b, c)), (i, j, k))
+    return Pair(known.window((i, j, k), (a, b, c)), guess.window((i, j, k), (a, b, c)), (i, j, k))
 
 
 def _largest(mask: BoolArray) -> BoolArray:
@@ -220,7 +229,10 @@ def _deepest(component: BoolArray, spacing: tuple[float, float, float]) -> Tripl
     import edt
 
     depth = edt.edt(np.pad(component, 1), anisotropy=spacing, black_border=True, parallel=1)
-    i, j, k = (int(n) - 1 for n in np.unravel_index(int(np.argmax(depth)), depth.shape))
+    deepest = np.argwhere(depth >= depth.max() * _AS_DEEP) - 1
+    # A plate or a rod is equally deep along its middle: its own middle is what a user means.
+    away = (((deepest - deepest.mean(axis=0)) * spacing) ** 2).sum(axis=1)
+    i, j, k = deepest[int(np.argmin(away))].tolist()
     return i, j, k
 
 

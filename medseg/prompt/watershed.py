@@ -16,6 +16,7 @@ from medseg.prompt.regions import Region, Triple
 from medseg.prompt.simulate import BoxPrompt, Click
 from medseg.types import BoolArray, FloatArray, IntArray
 
+Spacing = tuple[float, float, float]
 _INSIDE, _OUTSIDE = 1, 2
 # Parts of the box whose grey values are typical of the object, and that are object whatever their value.
 _MIDDLE, _CENTRE = 0.5, 0.25
@@ -45,6 +46,12 @@ class WatershedConfig(Config):
         part of the mean side of the box in mm (1: as far as the box is wide, in both directions).
     core : float
         Part of that reach, or of the known range, over which the inner marker tapers to nothing.
+    click : float
+        Part of the mean side of the box from which on the neighbours of a clicked voxel are marked with it,
+        along each axis on which a voxel is no longer than this.
+    free : float
+        Radius around a positive click beyond the box where the outside is not sure any more, as a part of the
+        mean side of the box.
     """
 
     inside: float = Field(0.9, gt=0, lt=1)
@@ -54,6 +61,8 @@ class WatershedConfig(Config):
     sigma: float = Field(1.0, gt=0)
     depth: float = Field(0.5, gt=0)
     core: float = Field(0.6, ge=0, lt=1)
+    click: float = Field(0.1, ge=0)
+    free: float = Field(0.5, ge=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +83,7 @@ class _Crop:
 
 def watershed(
     image: FloatArray,
-    spacing: tuple[float, float, float],
+    spacing: Spacing,
     prompt: BoxPrompt,
     limits: tuple[int, int] | None = None,
     clicks: Sequence[Click] = (),
@@ -93,7 +102,7 @@ def watershed(
     limits : (int, int), optional
         First and last slice of the object, where known; else guessed from the size of the box.
     clicks : sequence of Click
-        Each is a marker of 3 x 3 x 3 voxels, a later one over an earlier one.
+        Further markers, a later one over an earlier one.
     config : WatershedConfig, optional
 
     Returns
@@ -103,30 +112,35 @@ def watershed(
     """
     config = config or WatershedConfig()
     shape: Triple = (image.shape[0], image.shape[1], image.shape[2])
-    low, high = _reach(shape, spacing, prompt, limits, config)
+    low, high = guess_reach(shape, spacing, prompt, limits, config)
     crop = _crop(shape, prompt, low, high, clicks)
     seen = image[crop.slices]
     markers = _markers(seen, crop, prompt, (low, high), config)
-    _add_clicks(markers, crop, clicks)
+    side = _side(prompt, spacing)
+    _add_clicks(markers, crop, clicks, spacing, config.free * side, config.click * side)
     flooded = _flood(_gradient(seen, spacing, config.sigma), markers)
     return Region.at(flooded == _INSIDE, crop.start, shape)
 
 
-def _reach(
+def guess_reach(
     shape: Triple,
-    spacing: tuple[float, float, float],
+    spacing: Spacing,
     prompt: BoxPrompt,
     limits: tuple[int, int] | None,
     config: WatershedConfig,
 ) -> tuple[int, int]:
-    """Return the first and last slice that the object can reach."""
+    """Return the first and last slice that the object can reach: `limits`, or as deep as the box is wide."""
     if limits is not None:
         return max(0, limits[0]), min(shape[prompt.axis] - 1, limits[1])
+    slices = max(1, round(config.depth * _side(prompt, spacing) / spacing[prompt.axis]))
+    return max(0, prompt.index - slices), min(shape[prompt.axis] - 1, prompt.index + slices)
+
+
+def _side(prompt: BoxPrompt, spacing: Spacing) -> float:
+    """Return the mean side of the box in mm."""
     rows, columns = (a for a in range(3) if a != prompt.axis)
     first_row, first_column, end_row, end_column = prompt.box
-    side = ((end_row - first_row) * spacing[rows] + (end_column - first_column) * spacing[columns]) / 2
-    slices = max(1, round(config.depth * side / spacing[prompt.axis]))
-    return max(0, prompt.index - slices), min(shape[prompt.axis] - 1, prompt.index + slices)
+    return ((end_row - first_row) * spacing[rows] + (end_column - first_column) * spacing[columns]) / 2
 
 
 def _crop(shape: Triple, prompt: BoxPrompt, low: int, high: int, clicks: Sequence[Click]) -> _Crop:
@@ -193,15 +207,22 @@ def _middle_voxel(crop: _Crop, prompt: BoxPrompt) -> Triple:
     return i, j, k
 
 
-def _add_clicks(markers: IntArray, crop: _Crop, clicks: Sequence[Click]) -> None:
+def _add_clicks(
+    markers: IntArray, crop: _Crop, clicks: Sequence[Click], spacing: Spacing, free: float, wide: float
+) -> None:
+    """Mark clicks; a positive one beyond the box frees `free` mm around it, or it could win nothing."""
+    place = np.ogrid[tuple(slice(n) for n in crop.shape)]
     for click in clicks:
-        place = tuple(
-            slice(max(0, v - s - 1), v - s + 2) for v, s in zip(click.voxel, crop.start, strict=True)
-        )
-        markers[place] = _INSIDE if click.positive else _OUTSIDE
+        middle = [v - s for v, s in zip(click.voxel, crop.start, strict=True)]
+        if click.positive and markers[tuple(middle)] == _OUTSIDE:
+            away = sum(((p - m) * step) ** 2 for p, m, step in zip(place, middle, spacing, strict=True))
+            markers[(away <= free**2) & (markers == _OUTSIDE)] = 0
+        reach = [int(step <= wide) for step in spacing]
+        near = tuple(slice(max(0, m - n), m + n + 1) for m, n in zip(middle, reach, strict=True))
+        markers[near] = _INSIDE if click.positive else _OUTSIDE
 
 
-def _gradient(image: FloatArray, spacing: tuple[float, float, float], sigma: float) -> FloatArray:
+def _gradient(image: FloatArray, spacing: Spacing, sigma: float) -> FloatArray:
     from scipy.ndimage import gaussian_gradient_magnitude
 
     # In mm: a step between thick slices is as steep as the distance makes it.
