@@ -107,8 +107,19 @@ def load_train_config(path: Path) -> None:
     load_recipe(str(path))
 
 
+def load_prompt_config(path: Path) -> None:
+    if path.name == "refiner.yaml":
+        from medseg.train.refiner import Recipe
+
+        Recipe.load(path)
+    else:
+        from medseg.prompt.cases import load_cases
+
+        load_cases(path)
+
+
 # By folder: a new folder of configs/ gets its line here.
-CONFIG_LOADERS = {"plan": load_plan_config, "train": load_train_config}
+CONFIG_LOADERS = {"plan": load_plan_config, "train": load_train_config, "prompt": load_prompt_config}
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -251,6 +262,7 @@ REGISTRIES = {
     "medseg.prompt:PROPAGATORS": (
         "prompt.test_propagators:test_a_propagator_finds_the_object_from_one_box_and_no_more"
     ),
+    "medseg.prompt.evaluate:BASELINES": "prompt.test_evaluate:test_a_baseline_answers_a_box_with_a_mask",
     "medseg.preprocess.normalize:NORMALIZERS": (
         "preprocess.test_normalize:test_every_scheme_works_in_place_and_stays_finite_on_a_constant_image"
     ),

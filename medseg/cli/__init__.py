@@ -16,6 +16,7 @@ from medseg.cli.check import check
 from medseg.cli.clean import clean
 from medseg.cli.demo import demo
 from medseg.cli.evaluate import evaluate
+from medseg.cli.evaluate_prompts import evaluate_prompts
 from medseg.cli.info import info
 from medseg.cli.plan import plan
 from medseg.cli.predict import predict
@@ -48,7 +49,7 @@ def _root(
         context.obj.patient = context.invoked_subcommand in PATIENT
 
 
-for verb in (check, plan, train, stop, predict, evaluate, select, demo, info, clean):
+for verb in (check, plan, train, stop, predict, evaluate, evaluate_prompts, select, demo, info, clean):
     app.command()(verb)
 app.add_typer(bundle)
 app.add_typer(assets)
