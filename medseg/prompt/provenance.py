@@ -1,0 +1,67 @@
+"""How objects came to be, as plain data that goes with every result: no file, no folder, no patient."""
+
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+from medseg.prompt.journal import key_of
+from medseg.prompt.prompts import Mask, Prompt
+from medseg.prompt.scene import Scene
+from medseg.prompt.state import MaskOf, ObjectState, State
+from medseg.types import PathLike
+
+
+def describe_state(scene: Scene, state: State, voxels: Mapping[str, int]) -> dict[str, Any]:
+    """Return versions, models, settings, and the prompts and window of each object.
+
+    Parameters
+    ----------
+    voxels : size of each object's mask
+    """
+    models = {tuple(sorted(model.items())): dict(model) for each in state.objects for model in each.models}
+    return {
+        **{name: metadata.version(name) for name in ("medseg", "torch", "numpy")},
+        "image": scene.digest,
+        "models": [models[key] for key in sorted(models)],
+        "settings": state.settings.to_dict(),
+        "objects": [
+            {"label": label, "voxels": voxels[each.name], **_describe(each)}
+            for label, each in enumerate(state.objects, 1)
+        ],
+    }
+
+
+def models_at_work(models: Any) -> Iterator[dict[str, str]]:
+    """Yield name, licence and SHA-256 of the networks of a :class:`~medseg.prompt.slicewise.Models`."""
+    from medseg import assets
+    from medseg.files import sha256_file
+
+    given: Mapping[str, PathLike] = getattr(models, "given", {})
+    for name in sorted({asset for asset, _ in getattr(models, "ready", {})}):
+        path = given.get(name)
+        if name in assets.ASSETS:
+            yield assets.provenance(name, path)
+        elif path is not None:
+            yield {"name": name, "licence": "unknown", "sha256": sha256_file(path)}
+
+
+def _describe(known: ObjectState) -> dict[str, Any]:
+    return {
+        "name": known.name,
+        "axis": known.axis,
+        "limits": None if known.limits is None else list(known.limits),
+        "window": None if known.window is None else known.window.to_dict(),
+        "prompts": [_describe_prompt(prompt) for prompt in known.prompts],
+        "prompts_not_yet_run": known.pending,
+        "notes": list(known.notes),
+    }
+
+
+def _describe_prompt(prompt: Prompt | MaskOf) -> dict[str, Any]:
+    if isinstance(prompt, MaskOf):
+        return {"kind": "object", "object": prompt.object, "sha256": prompt.mask}
+    if isinstance(prompt, Mask):  # without its voxels, which may be a volume
+        region = prompt.region()
+        named = {"plane": prompt.plane, "sha256": key_of(region), "voxels": region.voxels}
+        return {"kind": "mask", **named}
+    return prompt.to_dict()
