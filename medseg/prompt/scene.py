@@ -86,10 +86,15 @@ class Scene:
 
     def grey(self, index: tuple[slice | int, ...]) -> FloatArray:
         """Return the part `index` of the voxels through the window: float32, 0 (black) to 255 (white)."""
+        return self.through_window(self.array[index])
+
+    def through_window(self, values: Array) -> FloatArray:
+        """Return voxel values as they are seen through the window: float32, 0 (black) to 255 (white)."""
         low, high = self.window
-        part = self.array[index].astype(np.float32)
         scale = np.float32(255.0 / max(high - low, 1e-6))
-        return np.asarray(np.clip((part - np.float32(low)) * scale, 0, 255), dtype=np.float32)
+        return np.asarray(
+            np.clip((values.astype(np.float32) - np.float32(low)) * scale, 0, 255), dtype=np.float32
+        )
 
     def slice(self, axis: int, index: int, field: Rectangle | None = None) -> FloatArray:
         """Return slice `index` across `axis` through the window, or the part `field` of it.

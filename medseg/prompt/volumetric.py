@@ -1,0 +1,549 @@
+"""The ``volume`` propagator: a slice by SAM, then the object in 3D by a light network that follows edges.
+
+What a box or a click means on its slice is SAM's answer. In 3D, the refiner (`medseg.nets.refiner`) is shown
+cubes of the image at a zoom that the object's own size sets: first around the prompt, then wherever the
+object leaves the cubes seen so far; last come closer looks at its surface. A correction is a look at the
+click and no more: what lies beyond its cube stays as it was.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from medseg.config import Config
+from medseg.errors import BundleError
+from medseg.infer.runtime import choose_runtime
+from medseg.log import Task, task
+from medseg.nets.refiner import GRID, Refiner, ball, channels_last, show
+from medseg.prompt.cleanup import CleanConfig, clean
+from medseg.prompt.lattice import SURE, Canvas, Lattice, cube_image, paint, sample
+from medseg.prompt.rasterise import SliceBox, anchors, evidence, mask_box, nearest
+from medseg.prompt.regions import Region
+from medseg.prompt.scene import Scene, plane_size
+from medseg.prompt.segmenter import SlicePrompts
+from medseg.prompt.slicewise import Models, Zoom, crop_around, widened
+from medseg.prompt.target import Propagation, Target
+from medseg.prompt.travel import union
+from medseg.types import BoolArray, FloatArray, IntArray
+
+WEIGHTS = Path(__file__).parent.parent / "nets" / "refiner.safetensors"
+
+
+class VolumeConfig(Config):
+    """Settings of the ``volume`` propagator.
+
+    Attributes
+    ----------
+    zoom : float
+        Voxels of the cube (of 40) that the longer side of the object takes at the first look.
+    closer : float
+        How much larger the object is at the closer looks; 1: none.
+    finest : float
+        Smallest voxel of the cube, as a part of the image's smallest.
+    looks : int
+        Most cubes at each zoom.
+    reach : float
+        Farthest that the object goes from its prompted slice, in cubes of the first zoom.
+    field : Zoom
+        The crop of a slice that SAM is shown.
+    ask_again : bool
+        Show SAM the slice of a corrective click too.
+    """
+
+    zoom: float = Field(16.0, gt=4, le=GRID)
+    closer: float = Field(2.0, ge=1)
+    finest: float = Field(0.5, gt=0)
+    looks: int = Field(60, ge=1)
+    reach: float = Field(5.0, ge=1)
+    field: Zoom = Zoom()
+    ask_again: bool = True
+    clean: CleanConfig = CleanConfig()
+
+
+@lru_cache(maxsize=2)
+def load_refiner(path: Path = WEIGHTS) -> Refiner:
+    """Load the network of the package.
+
+    Raises
+    ------
+    BundleError
+        The file is missing or holds something else.
+    """
+    network = Refiner()
+    try:
+        network.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise BundleError(f"{path.name}: is missing or is not the refiner's. Reinstall medseg.") from error
+    return channels_last(network).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A prompted slice.
+
+    Attributes
+    ----------
+    index : int
+        Slice across the axis.
+    box : SliceBox
+        Edges of the box around the object there.
+    mask : (rows, columns) bool, optional
+        The object on the whole slice.
+    """
+
+    index: int
+    box: SliceBox
+    mask: BoolArray | None = None
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        """Row and column of the middle of the box."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+
+@lru_cache(maxsize=1)
+def _tent() -> FloatArray:
+    """Return the weight of each voxel of a look: 1 in the middle, falling towards the faces."""
+    along = np.minimum(np.arange(GRID) + 1, GRID - np.arange(GRID)) / (GRID / 4)
+    profile = np.minimum(along, 1).astype(np.float32) ** 2
+    return np.asarray(np.einsum("i,j,k->ijk", profile, profile, profile) + np.float32(1e-4))
+
+
+@dataclass(eq=False)
+class Search:
+    """One object being looked for on one lattice.
+
+    Attributes
+    ----------
+    points, positive : (n, 3) float and (n,) bool
+        Clicks, as voxels of the scene.
+    """
+
+    scene: Scene
+    lattice: Lattice
+    canvas: Canvas
+    known: Sequence[Known]
+    points: FloatArray
+    positive: BoolArray
+    network: Refiner
+    steps: Task
+    most: int
+    cubes: list[IntArray] = field(default_factory=list)
+
+    @property
+    def looks(self) -> int:
+        """How many cubes were looked at."""
+        return len(self.cubes)
+
+    def look(self, middle: FloatArray, anew: bool = False) -> IntArray:
+        """Look at the cube around a lattice position; return its first voxel.
+
+        `anew` puts the answer in place of what the canvas had, towards the middle of the cube.
+        """
+        start: IntArray = np.rint(np.asarray(middle) - (GRID - 1) / 2).astype(int)
+        before = self.canvas.previous(start)
+        shown = show(cube_image(self.scene, self.lattice, start), *self._prompts(start), before)
+        put = self.canvas.replace if anew else self.canvas.add
+        put(start, run(self.network, shown), _tent())
+        self.cubes.append(start)
+        self.steps.advance()
+        return start
+
+    def _prompts(self, start: IntArray) -> tuple[Tensor, Tensor, Tensor]:
+        marks, box, clicks = torch.zeros(3, GRID, GRID, GRID)
+        for known in self.known:
+            self._mark(known, start, marks, box)
+        places = self.lattice.to_lattice(self.points) - start
+        for place, positive in zip(places, self.positive, strict=True):
+            ball(clicks, place.tolist(), 1.0 if positive else -1.0)
+        return marks, box, clicks
+
+    def _mark(self, known: Known, start: IntArray, marks: Tensor, box: Tensor) -> None:
+        """Mark a prompted slice on the planes of the cube that it spans."""
+        axis, step = self.lattice.axes[2], self.lattice.steps[2]
+        middle = (known.index - self.lattice.origin[axis]) / step - start[2]
+        half = max(0.5, 0.5 / step)
+        first, end = (int(np.clip(np.ceil(middle + side), 0, GRID)) for side in (-half, half))
+        if first >= end:
+            return
+        rows, columns = self._positions(start)
+        edges = zip((rows, columns), known.box[:2], known.box[2:], strict=True)
+        frame = np.outer(*((along >= low) & (along <= high) for along, low, high in edges))
+        box[:, :, first:end] = torch.from_numpy(np.where(frame, 1, -1).astype(np.float32))[:, :, None]
+        if known.mask is not None:
+            flat = sample(
+                np.where(known.mask, 1, -1)[:, :, None],
+                np.array([rows[0], columns[0], 0.0]),
+                np.array([*self.lattice.steps[:2], 1.0]),
+                (GRID, GRID, 1),
+            )
+            marks[:, :, first:end] = torch.where(flat > 0, 1.0, -1.0)
+
+    def _positions(self, start: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Return rows and columns of the slice that the voxels of a cube fall on."""
+        along = self.lattice.to_scene((start + np.arange(GRID)[:, None]).astype(float))
+        return along[:, self.lattice.axes[0]], along[:, self.lattice.axes[1]]
+
+    def follow(self, start: IntArray, anew: bool = False) -> None:
+        """Look on where the object leaves the cubes seen so far, the widest face first."""
+        fresh = [start]
+        while fresh and self.looks < self.most:
+            found = sorted((face for each in fresh for face in self._faces(each)), key=lambda face: -face[0])
+            fresh = []
+            for _, middle in found:
+                if self.looks < self.most and not self.seen(middle):
+                    fresh.append(self.look(middle, anew))
+
+    def seen(self, middle: FloatArray) -> bool:
+        """Return whether a lattice position was well inside a look, or lies outside the canvas."""
+        at = np.rint(middle).astype(int) - self.canvas.start
+        inside = ((at >= 0) & (at < self.canvas.total.shape)).all()
+        return not inside or bool(self.canvas.weight[tuple(at)] > 0.2)
+
+    def _faces(self, start: IntArray) -> Iterator[tuple[int, FloatArray]]:
+        """Yield for each face of a cube that the object reaches: its area, the middle of the next look."""
+        mine, _ = self.canvas.overlap(start)
+        mask = self.canvas.total[mine] > 0
+        corner = np.array([part.start for part in mine]) + self.canvas.start
+        for axis in range(3):
+            for end in (False, True):
+                rim = np.take(
+                    mask, range(max(0, mask.shape[axis] - 4), mask.shape[axis]) if end else range(4), axis
+                )
+                area = int(rim.sum())
+                if area >= 8:
+                    middle = np.argwhere(rim).mean(axis=0) + corner
+                    middle[axis] = start[axis] + (GRID if end else 0)
+                    yield area, middle
+
+    def examine(self) -> None:
+        """Look at the whole surface of what the canvas has, cube by cube."""
+        logits = self.canvas.logits()
+        inside = logits > 0
+        surface = inside & ~_eroded(inside)
+        stride = round(0.55 * GRID)
+        hits = np.argwhere(surface)
+        while len(hits) and self.looks < self.most:
+            # The cube that holds the first voxel left, centred on the surface voxels around it.
+            near = hits[(np.abs(hits - hits[0]) < stride).all(axis=1)]
+            middle = near.mean(axis=0)
+            self.look(middle + self.canvas.start, anew=True)
+            left = (np.abs(hits - middle) > stride / 2).any(axis=1)
+            left[0] = False
+            hits = hits[left]
+
+
+def _eroded(mask: BoolArray) -> BoolArray:
+    """Return the voxels all of whose six neighbours are in the mask."""
+    kept = mask.copy()
+    for axis in range(3):
+        along, source = np.moveaxis(kept, axis, 0), np.moveaxis(mask, axis, 0)
+        along[1:] &= source[:-1]
+        along[:-1] &= source[1:]
+    return kept
+
+
+def run(network: Refiner, shown: Tensor) -> FloatArray:
+    """Return the logits of one cube, (GRID, GRID, GRID)."""
+    autocast = choose_runtime("cpu", "auto").autocast
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),
+    ):
+        logits = network(shown[None].contiguous(memory_format=torch.channels_last_3d))[0, 0]
+    return np.asarray(logits.float().numpy())
+
+
+def propagate_volume(models: Models, target: Target, config: VolumeConfig) -> Propagation:
+    """Find the object of a target in 3D, or correct it where its newest clicks are."""
+    given = anchors(models.scene, target)
+    with task("looks") as steps:
+        if target.previous is not None and target.previous.voxels:
+            return _correct(models, target, config, given, steps)
+        known = [
+            each
+            for index, asked in given.items()
+            if (each := _ask(models, target.axis, index, asked, config))
+        ]
+        if not known:
+            return Propagation(
+                Region.empty(models.scene.shape), {}, ("Nothing was found on the prompted slices.",)
+            )
+        return _find(models, target, config, known, steps)
+
+
+def _ask(
+    models: Models,
+    axis: int,
+    index: int,
+    asked: SlicePrompts,
+    config: VolumeConfig,
+) -> Known | None:
+    """Ask SAM what the prompts of a slice mean; a drawn mask is its own answer."""
+    shape = plane_size(models.scene.shape, axis)
+    if asked.mask is not None and not len(asked.points):
+        mask = asked.mask > 0
+        return Known(index, mask_box(mask), mask) if mask.any() else None
+    if asked.box is None and not asked.positive.any():
+        return None
+    boxes = (
+        [asked.box] if asked.box is not None else [_around(point) for point in asked.points[asked.positive]]
+    )
+    crop = crop_around(boxes, shape, config.field)
+    mask = models.click_segmenter.predict(axis, index, asked, crop).mask(shape)
+    if not mask.any():
+        return None if asked.box is None else Known(index, asked.box)
+    return Known(index, asked.box or mask_box(mask), mask)
+
+
+def _around(point: FloatArray) -> SliceBox:
+    """Return a box around a click that has none."""
+    row, column = (float(p) for p in point)
+    return (row - 20, column - 20, row + 20, column + 20)
+
+
+def _find(
+    models: Models, target: Target, config: VolumeConfig, known: Sequence[Known], steps: Task
+) -> Propagation:
+    scene, axis = models.scene, target.axis
+    clicks = evidence(scene, target)
+    widest = max(known, key=lambda each: _side(scene, axis, each.box))
+    step = max(_side(scene, axis, widest.box) / config.zoom, config.finest * min(scene.spacing))
+    lattice = Lattice.around(scene, axis, _voxel(axis, widest), step)
+    canvas = _canvas(lattice, scene, config.reach)
+    search = Search(
+        scene, lattice, canvas, known, clicks.points, clicks.positive, load_refiner(), steps, config.looks
+    )
+    search.follow(search.look(np.zeros(3)))
+    for each in known:
+        middle = lattice.to_lattice(_voxel(axis, each))
+        if not search.seen(middle):
+            search.follow(search.look(middle))
+    notes = () if search.looks < config.looks else ("The object goes on: the most cubes were looked at.",)
+    search = _closer(search, config)
+    return _finish(search, target, config, notes)
+
+
+def _side(scene: Scene, axis: int, box: SliceBox) -> float:
+    """Return the longer side of a box on a slice, in mm."""
+    rows, columns = (scene.spacing[a] for a in range(3) if a != axis)
+    return max((box[2] - box[0]) * rows, (box[3] - box[1]) * columns)
+
+
+def _voxel(axis: int, known: Known) -> FloatArray:
+    return np.insert(np.array(known.middle), axis, known.index)
+
+
+def _canvas(lattice: Lattice, scene: Scene, reach: float) -> Canvas:
+    low, high = lattice.extent(scene.shape)
+    most = int(reach * GRID)
+    return Canvas.over(np.clip(low, -most, 0), np.clip(high, 0, most))
+
+
+def _closer(search: Search, config: VolumeConfig) -> Search:
+    """Look again at the surface, with a finer lattice, if the image has more to show."""
+    scene, lattice = search.scene, search.lattice
+    step = float(lattice.steps[0] * scene.spacing[lattice.axes[0]])
+    finer = max(step / config.closer, config.finest * min(scene.spacing))
+    logits = search.canvas.logits()
+    hits = np.argwhere(logits > 0)
+    if step / finer < 1.2 or not len(hits):
+        return search
+    ends = np.array([hits.min(axis=0), hits.max(axis=0)]) + search.canvas.start
+    fine = replace(lattice, steps=lattice.steps * (finer / step))
+    span = ends * (step / finer)
+    low, high = fine.extent(scene.shape)
+    canvas = Canvas.over(
+        np.maximum(low, np.floor(span[0]).astype(int) - GRID // 2),
+        np.minimum(high, np.ceil(span[1]).astype(int) + GRID // 2),
+    )
+    first = canvas.start * (finer / step) - search.canvas.start
+    shape = canvas.total.shape
+    coarse = sample(logits, first, np.full(3, finer / step), (shape[0], shape[1], shape[2]))
+    canvas.total[:], canvas.weight[:] = coarse.numpy(), 1
+    found = replace(search, lattice=fine, canvas=canvas, cubes=[])
+    found.examine()
+    return found
+
+
+def _finish(search: Search, target: Target, config: VolumeConfig, notes: tuple[str, ...]) -> Propagation:
+    region = paint(search.scene, search.lattice, search.canvas)
+    region = clean(region, target, _held(search, target), config.clean)
+    return Propagation(region, _confidence(search, region, target.axis), notes)
+
+
+def _held(search: Search, target: Target) -> Region:
+    """Return voxels that the prompts say are the object's: what is connected to none of them is dropped."""
+    scene, axis = search.scene, target.axis
+    held = Region.empty(scene.shape)
+    for known in search.known:
+        if known.mask is not None:
+            start = [0, 0, 0]
+            start[axis] = known.index
+            flat = Region.at(np.expand_dims(known.mask, axis), (start[0], start[1], start[2]), scene.shape)
+            held = union(held, flat)
+    for point in nearest(search.points[search.positive]).astype(int):
+        held = union(held, Region.at(np.ones((1, 1, 1), bool), tuple(point.tolist()), scene.shape))
+    return held
+
+
+def _confidence(search: Search, region: Region, axis: int) -> Mapping[int, float]:
+    """Return for each slice how sure the network is of what it drew there, 0 to 1."""
+    if not region.voxels:
+        return {}
+    logits = search.canvas.logits()
+    certain = np.abs(np.tanh(logits / 2)) * (logits > -SURE)
+    near = (logits > -2).astype(np.float32)
+    flat = (0, 1)
+    each = (certain * near).sum(axis=flat) / np.maximum(near.sum(axis=flat), 1)
+    found = {}
+    for index in range(region.start[axis], region.stop[axis]):
+        place = (index - search.lattice.origin[axis]) / search.lattice.steps[2] - search.canvas.start[2]
+        found[index] = float(np.clip(each[int(np.clip(round(place), 0, len(each) - 1))], 0, 1))
+    return found
+
+
+def _correct(
+    models: Models, target: Target, config: VolumeConfig, given: Mapping[int, SlicePrompts], steps: Task
+) -> Propagation:
+    """Look again where the newest prompts are; beyond the cubes of these looks, the mask stays as it was."""
+    assert target.previous is not None
+    scene, axis, previous = models.scene, target.axis, target.previous
+    newest = replace(target, prompts=target.prompts[len(target.prompts) - target.fresh :])
+    fresh = anchors(scene, newest)
+    known = [
+        each
+        for index, asked in given.items()
+        if (each := _recall(models, axis, index, asked, previous, config, index in fresh))
+    ]
+    clicks = evidence(scene, target)
+    places = _places(axis, known, evidence(scene, newest).points, fresh)
+    side = max([_side(scene, axis, each.box) for each in known] or [_reach(scene, axis, previous)])
+    step = max(side / (config.zoom * config.closer), config.finest * min(scene.spacing))
+    lattice = Lattice.around(scene, axis, places[0], step)
+    canvas = _recalled(lattice, previous, places)
+    search = Search(
+        scene, lattice, canvas, known, clicks.points, clicks.positive, load_refiner(), steps, config.looks
+    )
+    for place in places:
+        search.look(lattice.to_lattice(place), anew=True)
+    return _patch(search, target, config)
+
+
+def _recall(
+    models: Models,
+    axis: int,
+    index: int,
+    asked: SlicePrompts,
+    previous: Region,
+    config: VolumeConfig,
+    fresh: bool,
+) -> Known | None:
+    """Return what is known of a prompted slice: what was drawn there, or, after new prompts, SAM's answer."""
+    before = previous.plane(axis, index)
+    box = asked.box or (mask_box(before) if before.any() else None)
+    if not fresh:
+        return Known(index, box, before) if box is not None and before.any() else None
+    if box is None or not config.ask_again:
+        return None
+    return _ask(models, axis, index, replace(asked, box=widened(box, asked.points[asked.positive])), config)
+
+
+def _places(
+    axis: int, known: Sequence[Known], points: FloatArray, fresh: Mapping[int, SlicePrompts]
+) -> list[FloatArray]:
+    """Return the voxels to look at: new clicks (of a scribble, some), and the middles of new boxes."""
+    places = list(points[:: max(1, len(points) // 8)]) if len(points) > 8 else list(points)
+    if not places:
+        places = [_voxel(axis, each) for each in known if each.index in fresh]
+    return places
+
+
+def _reach(scene: Scene, axis: int, region: Region) -> float:
+    """Return the longer side of a region across the slices, in mm."""
+    return max(
+        float(n * s)
+        for a, (n, s) in enumerate(zip(region.array.shape, scene.spacing, strict=True))
+        if a != axis
+    )
+
+
+def _recalled(lattice: Lattice, previous: Region, places: Sequence[FloatArray]) -> Canvas:
+    """Return a canvas that covers all cubes around `places`, filled with the mask so far."""
+    middles = lattice.to_lattice(np.array(places))
+    low = np.floor(middles.min(axis=0)).astype(int) - GRID
+    high = np.ceil(middles.max(axis=0)).astype(int) + GRID
+    canvas = Canvas.over(low, high)
+    ends = np.sort(lattice.to_scene(np.array([low, high], float)), axis=0)
+    start, stop = np.floor(ends[0]).astype(int) - 1, np.ceil(ends[1]).astype(int) + 2
+    mask = previous.window((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+    axes = list(lattice.axes)
+    first = (lattice.to_scene(low.astype(float)) - start)[axes]
+    shape = canvas.total.shape
+    found = sample(
+        np.where(mask, 4, -4).transpose(axes), first, lattice.steps, (shape[0], shape[1], shape[2])
+    )
+    canvas.total[:], canvas.weight[:] = found.numpy(), 1
+    return canvas
+
+
+def _patch(search: Search, target: Target, config: VolumeConfig) -> Propagation:
+    """Put what was seen anew in place of what the mask had there."""
+    assert target.previous is not None
+    previous = target.previous
+    seen = _cubes(search)
+    drawn = paint(search.scene, search.lattice, search.canvas)
+    kept = _without(previous, seen)
+    region = union(kept, _within(drawn, seen))
+    region = _obeying(region, search)
+    region = clean(region, target, union(kept, _held(search, target)), config.clean)
+    return Propagation(region, _confidence(search, region, target.axis), ())
+
+
+def _cubes(search: Search) -> Region:
+    """Return the voxels of the scene that the looks have covered."""
+    shape = search.scene.shape
+    found = Region.empty(shape)
+    for start in search.cubes:
+        ends = np.sort(search.lattice.to_scene(np.array([start, start + GRID - 1], float)), axis=0)
+        low = np.clip(np.ceil(ends[0]), 0, shape).astype(int)
+        high = np.clip(np.floor(ends[1]) + 1, low, shape).astype(int)
+        cube = np.ones(tuple(int(n) for n in high - low), bool)
+        found = union(found, Region.at(cube, (int(low[0]), int(low[1]), int(low[2])), shape))
+    return found
+
+
+def _within(region: Region, other: Region) -> Region:
+    return Region.at(region.array & other.window(region.start, region.stop), region.start, region.shape)
+
+
+def _without(region: Region, other: Region) -> Region:
+    return Region.at(region.array & ~other.window(region.start, region.stop), region.start, region.shape)
+
+
+def _obeying(region: Region, search: Search) -> Region:
+    """Return the region with the clicks that it does not obey painted in, as small balls."""
+    radius = 1.5 * search.lattice.steps.max()
+    for point, positive in zip(nearest(search.points).astype(int), search.positive, strict=True):
+        start = (int(point[0]), int(point[1]), int(point[2]))
+        stop = (start[0] + 1, start[1] + 1, start[2] + 1)
+        if bool(region.window(start, stop)[0, 0, 0]) != bool(positive):
+            dot = _dot(search.scene, point, radius * min(search.scene.spacing))
+            region = union(region, dot) if positive else _without(region, dot)
+    return region
+
+
+def _dot(scene: Scene, voxel: IntArray, radius_mm: float) -> Region:
+    reach = np.floor(radius_mm / np.array(scene.spacing)).astype(int)
+    along = [(np.arange(-r, r + 1) * s) ** 2 for r, s in zip(reach, scene.spacing, strict=True)]
+    ball_ = along[0][:, None, None] + along[1][:, None] + along[2] <= radius_mm**2
+    low = voxel - reach
+    return Region.at(ball_, (int(low[0]), int(low[1]), int(low[2])), scene.shape)

@@ -1,0 +1,235 @@
+"""Train the refiner of the ``volume`` propagator, on shapes and contrasts that are drawn as it learns.
+
+``python -m medseg.train.refiner RECIPE.yaml -o FOLDER`` continues where it stopped. The recipe of the weights
+in the package is ``configs/prompt/refiner.yaml``.
+"""
+
+import argparse
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, IterableDataset
+
+from medseg.config import Config
+from medseg.files import atomic_path
+from medseg.io import read
+from medseg.log import logger, task
+from medseg.nets.refiner import GRID, Refiner, channels_last
+from medseg.prompt.windows import choose_window
+from medseg.train.refiner_samples import Sample, Source, draw_sample, make_source, mark_clicks, shown
+from medseg.train.shapes import draw_label_map
+from medseg.types import PathLike
+
+
+class Scan(Config):
+    """A real image with a label map."""
+
+    image: str
+    labels: str | None = None
+
+
+class Recipe(Config):
+    """How the refiner is trained.
+
+    Attributes
+    ----------
+    scans : tuple of Scan
+        Real images with label maps; paths relative to the folder that is given beside the recipe.
+    scan_share : float
+        Share of samples drawn from them; the rest comes from synthetic label maps.
+    label_maps : int
+        How many synthetic label maps are drawn.
+    steps, batch, learning_rate, weight_decay, click_share, seed
+        As usual; `click_share` of the samples are corrected by clicks on the network's own mistakes.
+    """
+
+    scans: tuple[Scan, ...] = ()
+    scan_share: float = 0.5
+    label_maps: int = 160
+    steps: int = 4000
+    batch: int = 4
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    click_share: float = 0.5
+    seed: int = 0
+    workers: int = 1
+
+
+class _Stream(IterableDataset[Sample]):
+    """An endless stream of samples; every worker draws its own."""
+
+    def __init__(self, real: list[Source], synthetic: list[Source], share: float, seed: int) -> None:
+        self.real, self.synthetic, self.share, self.seed = real, synthetic, share, seed
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = torch.utils.data.get_worker_info()
+        torch.set_num_threads(1)
+        rng = np.random.default_rng((self.seed, 0 if info is None else info.id))
+        while True:
+            pool = self.real if self.real and rng.random() < self.share else self.synthetic
+            yield draw_sample(pool, rng)
+
+
+def load_sources(recipe: Recipe, data: Path) -> tuple[list[Source], list[Source]]:
+    """Read the scans and draw the synthetic label maps."""
+    real = []
+    for scan in recipe.scans:
+        image = read(data / scan.image)
+        low, high = choose_window(image, "auto")
+        if low < -100:  # CT: its windows differ by target; all that is soft tissue or bone
+            low, high = -300.0, 500.0
+        labels = np.zeros(image.shape, np.uint8) if scan.labels is None else read(data / scan.labels).array[0]
+        clipped = image.array[0].astype(np.float32).clip(low, high)
+        real.append(make_source(labels.astype(np.uint8), clipped, image.spacing))
+    rng = np.random.default_rng(recipe.seed)
+    with task("label maps", recipe.label_maps) as running:
+        synthetic = []
+        for _ in range(recipe.label_maps):
+            synthetic.append(make_source(draw_label_map(rng)))
+            running.advance()
+    return real, synthetic
+
+
+def loss_of(logits: Tensor, target: Tensor) -> Tensor:
+    """Soft Dice of each cube and cross entropy, both averaged; (n, a, b, c) each."""
+    probability = logits.sigmoid()
+    axes = (1, 2, 3)
+    both = (probability * target).sum(axes)
+    dice = (2 * both + 1) / (probability.sum(axes) + target.sum(axes) + 1)
+    return 1 - dice.mean() + functional.binary_cross_entropy_with_logits(logits, target)
+
+
+def _inputs(
+    network: Refiner, samples: list[Sample], recipe: Recipe, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return what is shown and the answers; part of the samples is shown again with clicks."""
+    shows = torch.stack([shown(sample) for sample in samples])
+    chosen = [n for n in range(len(samples)) if rng.random() < recipe.click_share]
+    if chosen:
+        with torch.no_grad():
+            logits = _forward(network, shows[chosen])
+        for n, found in zip(chosen, logits, strict=True):
+            mask = found > 0
+            clicks, made = mark_clicks(mask.numpy(), samples[n].target.numpy(), int(rng.integers(1, 4)), rng)
+            if made:
+                shows[n] = shown(samples[n], clicks, mask.float() * 2 - 1)
+    return shows, torch.stack([sample.target for sample in samples]).float()
+
+
+def _forward(network: Refiner, shows: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        logits: Tensor = network(shows.contiguous(memory_format=torch.channels_last_3d))[:, 0]
+    return logits.float()
+
+
+@dataclass(eq=False)
+class _Training:
+    """What changes in training, and is saved."""
+
+    network: Refiner
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    step: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "_Training":
+        torch.manual_seed(recipe.seed)
+        network = channels_last(Refiner())
+        ema = get_ema_multi_avg_fn(0.999)  # type: ignore[no-untyped-call]
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, recipe.learning_rate, total_steps=recipe.steps + 1, pct_start=0.03
+        )
+        return cls(network, AveragedModel(network, multi_avg_fn=ema), optimizer, schedule)
+
+    def update(self, shows: Tensor, target: Tensor) -> float:
+        """Take one step; return its loss."""
+        loss = loss_of(_forward(self.network, shows), target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.average.update_parameters(self.network)
+        self.step += 1
+        return loss.item()
+
+    def save(self, folder: Path) -> None:
+        """Write ``state.pt`` and ``refiner.safetensors``, the averaged weights in half precision."""
+        with atomic_path(folder / "state.pt") as path:
+            torch.save({"step": self.step, **{k: p.state_dict() for k, p in self._parts().items()}}, path)
+        weights = {k: v.half().contiguous() for k, v in self.average.module.state_dict().items()}
+        with atomic_path(folder / "refiner.safetensors") as path:
+            save_file(weights, path, metadata={"grid": str(GRID)})
+
+    def load(self, folder: Path) -> None:
+        """Continue from ``state.pt``, if there is one."""
+        if (folder / "state.pt").exists():
+            saved = torch.load(folder / "state.pt", weights_only=True)
+            self.step = saved["step"]
+            for name, part in self._parts().items():
+                part.load_state_dict(saved[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "network": self.network,
+            "average": self.average,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+        }
+
+
+def train(recipe: Recipe, data: PathLike, out: PathLike) -> Path:
+    """Train, saving the state every minute; return the file of the averaged weights."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    training = _Training.of(recipe)
+    training.load(folder)
+    rng = np.random.default_rng((recipe.seed, 1, training.step))
+    # A stream that was stopped does not begin again with the samples that it has shown.
+    stream = _Stream(*load_sources(recipe, Path(data)), recipe.scan_share, recipe.seed + 1000 * training.step)
+    loader = DataLoader(
+        stream, batch_size=recipe.batch, num_workers=recipe.workers, collate_fn=list, prefetch_factor=4
+    )
+    losses: list[float] = []
+    saved_at = time.monotonic()
+    with task("steps", recipe.steps - training.step) as running:
+        for samples in loader:
+            losses.append(training.update(*_inputs(training.network, samples, recipe, rng)))
+            running.advance(note=f"loss {np.mean(losses[-100:]):.3f}")
+            done = training.step >= recipe.steps
+            if done or time.monotonic() - saved_at > 60:
+                logger.info("step %d: loss %.4f", training.step, np.mean(losses[-200:]))
+                training.save(folder)
+                saved_at = time.monotonic()
+            if done:
+                break
+    return folder / "refiner.safetensors"
+
+
+def main() -> None:
+    """Run the recipe that the command line names."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--data", default=".", help="folder that the paths of scans start from")
+    parser.add_argument("-o", "--output", required=True)
+    given = parser.parse_args()
+    train(Recipe.load(given.recipe), given.data, given.output)
+
+
+if __name__ == "__main__":
+    main()
