@@ -62,7 +62,7 @@ class Attention(nn.Module):
         rows = torch.einsum("bhwc,hkc->bhwk", grid, _relative(self.rel_pos_h, h).to(grid.dtype))
         columns = torch.einsum("bhwc,wkc->bhwk", grid, _relative(self.rel_pos_w, w).to(grid.dtype))
         bias = rows[..., :, None] + columns[..., None, :]
-        return bias.view(n, heads, pixels, pixels)
+        return bias.reshape(n, heads, pixels, pixels)
 
 
 class _Mlp(nn.Module):
