@@ -56,7 +56,8 @@ class Models:
     given : mapping of asset name to path
         Files to use instead of downloads.
     click_size : int
-        Side of the input of the network of clicks: it looks at a crop around the object.
+        Side of the input of the network of clicks. It looks at a crop around the object, in which 256 pixels
+        show more than 1024 of the whole slice do, at a twelfth of the time.
     ready : dict
         Predictors by (asset, size), as they are made; tests put theirs here.
     """
@@ -66,7 +67,7 @@ class Models:
     lite: str = "lite-medsam"
     clicks: str = "mobile-sam"
     given: Mapping[str, PathLike] = field(default_factory=dict)
-    click_size: int = 512
+    click_size: int = 256
     ready: dict[tuple[str, int | None], Predictor] = field(default_factory=dict)
     _weights: "dict[str, Sam]" = field(default_factory=dict)
 
@@ -79,7 +80,7 @@ class Models:
         clicks: str = "mobile-sam",
         given: Mapping[str, PathLike] | None = None,
     ) -> "Models":
-        """Name the networks for a scene; nothing is loaded yet."""
+        """Name the networks for a scene; nothing is loaded yet. `given` are files by asset name."""
         return cls(scene, cache, lite, clicks, given or {})
 
     def of(self, scene: Scene) -> "Models":
@@ -131,6 +132,14 @@ class Models:
         return Path(given) if given is not None else assets.find(asset)
 
 
+# Found by grid search over seven rules on five expert-labelled objects (sarcoma in CT and MR, brain tumour,
+# both parts of a hippocampus). Mean 3D Dice of `box` without a range: 0.42 where an empty slice ends it, 0.45
+# with the best IoU, 0.43 growth, 0.43 score, 0.42 swell and contrast, 0.47 drift; no mix is better than 0.47.
+BOX_STOPS = Stops(iou=0.4, drift=2.0)
+# The same search for `mask`: 0.47 where an empty slice ends it, 0.57 with drift alone, 0.59 with these.
+ZOOM_STOPS = Stops(iou=0.5, growth=2.0, swell=1.5, drift=1.0)
+
+
 class BoxConfig(Travel):
     """Settings of `box`, LiteMedSAM's own algorithm.
 
@@ -142,7 +151,7 @@ class BoxConfig(Travel):
         Side of the input.
     """
 
-    stops: Stops = Stops()
+    stops: Stops = BOX_STOPS
     trust_limits: bool = True
     restart: bool = True
     grow: int = Field(3, ge=0)
@@ -245,7 +254,7 @@ class MaskConfig(Travel):
     zoom : Zoom
     """
 
-    stops: Stops = Stops()
+    stops: Stops = ZOOM_STOPS
     zoom: Zoom = Zoom()
 
 
@@ -261,7 +270,7 @@ class PointsConfig(Travel):
         Show the box too.
     """
 
-    stops: Stops = Stops()
+    stops: Stops = ZOOM_STOPS
     zoom: Zoom = Zoom()
     inside: int = Field(6, ge=1)
     outside: int = Field(6, ge=0)
@@ -324,13 +333,14 @@ def _questions(
     if expected is None:
         return []
     expected = replace(expected, logits=_logits(expected))
-    if given is None or not len(given.points):
+    clicks = [each for each in (given, expected.hints) if each is not None and len(each.points)]
+    if not clicks:
         return [shown(part) for part in islands(expected, zoom.parts)]
     # Clicks on a slice where the object is known: one question, for a click may join two islands.
     base = shown(expected)
-    points = np.concatenate((base.points, given.points))
-    positive = np.concatenate((base.positive, given.positive))
-    box = None if base.box is None else widened(base.box, given.points[given.positive])
+    points = np.concatenate([base.points, *(each.points for each in clicks)])
+    positive = np.concatenate([base.positive, *(each.positive for each in clicks)])
+    box = None if base.box is None else widened(base.box, points[positive])
     return [SlicePrompts(points, positive, box, base.mask)]
 
 

@@ -98,6 +98,8 @@ class Seen:
     logits : (rows, columns) float, optional
     box : SliceBox, optional
         With which it was asked.
+    hints : SlicePrompts, optional
+        Of what is expected: points that a correction beside it suggests. Unlike clicks they may be wrong.
     inside, around, spread : float
         Mean grey value of the mask and of the ring around it, and the deviation inside.
     """
@@ -106,6 +108,7 @@ class Seen:
     score: float = 1.0
     logits: FloatArray | None = None
     box: SliceBox | None = None
+    hints: SlicePrompts | None = None
     inside: float = 0.0
     around: float = 0.0
     spread: float = 1.0
@@ -302,13 +305,11 @@ class _Trip:
         self.notes: list[str] = []
         self.strays: Region | None = None
 
-    def ask(self, index: int, expected: Seen | None, hints: SlicePrompts | None = None) -> Seen:
+    def ask(self, index: int, expected: Seen | None) -> Seen:
         self.steps.advance(1, f"slice {index}")
         if index in self.exact:
             return observe(self.scene, self.axis, index, Seen(self.exact[index]))
-        return observe(
-            self.scene, self.axis, index, self.answer(index, self.given.get(index, hints), expected)
-        )
+        return observe(self.scene, self.axis, index, self.answer(index, self.given.get(index), expected))
 
     def keep(self, index: int, seen: Seen, confidence: float) -> None:
         self.stack.put(index, seen.mask)
@@ -415,7 +416,8 @@ class _Trip:
         last = anchor
         for index in indices:
             before = self.stack.get(index)
-            now = self.ask(index, Seen((before | added) & ~removed), _hints(added, removed))
+            expected = Seen((before | added) & ~removed, hints=_hints(added, removed))
+            now = self.ask(index, expected)
             added = touching(now.mask & ~before, added)
             removed = touching(before & ~now.mask, removed)
             if not (added.any() or removed.any()):

@@ -31,7 +31,7 @@ def dice(a: BoolArray, b: BoolArray) -> float:
 def test_a_propagator_finds_the_object_from_one_box_and_no_more(
     name: str, lite_medsam_path: Path, mobile_sam_path: Path
 ) -> None:
-    mask = tube(SHAPE, 7, 12, 9.0)
+    mask = tube(SHAPE, 8, 11, 9.0)
     noisy = np.where(mask, 160, 60) + np.random.default_rng(0).normal(0, 6, SHAPE)
     scene = Scene.of(
         Volume(noisy.astype(np.float32)[None], Geometry(SHAPE, tilted(affine("RAS", (1, 1, 2.0))))), (0, 255)
