@@ -53,6 +53,8 @@ def _describe(known: ObjectState) -> dict[str, Any]:
         "window": None if known.window is None else known.window.to_dict(),
         "prompts": [_describe_prompt(prompt) for prompt in known.prompts],
         "prompts_not_yet_run": known.pending,
+        "propagator": known.propagator,
+        "config": dict(known.config),
         "notes": list(known.notes),
     }
 

@@ -475,6 +475,8 @@ class PromptSession:
                 mask=keys.pop(name),
                 taken=keys,
                 window=window,
+                propagator=state.settings.propagator,
+                config={} if outcome.config is None else outcome.config.to_dict(),
                 confidence=_plain_confidence(outcome.said.confidence),
                 notes=outcome.said.notes,
                 models=bench.models_at(window),

@@ -123,6 +123,7 @@ class Run(Config):
     Attributes
     ----------
     mask, taken : the new masks: of the object, and of those that lost voxels to it
+    propagator, config : its name and all its settings
     confidence : slice, 0..1
     again : the mask that it had before did not count
     joined : part of the step of the event before, so that one undo takes both back
@@ -134,6 +135,8 @@ class Run(Config):
     mask: Key
     taken: dict[str, Key] = Field(default_factory=dict)
     window: Window
+    propagator: str
+    config: dict[str, Any] = Field(default_factory=dict)
     confidence: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...] = ()
     models: tuple[dict[str, str], ...] = ()
@@ -196,7 +199,7 @@ class ObjectState:
     seen : how many of the prompts the mask has seen
     confidence : slice, 0..1
     window : the one through which it was looked at, chosen at its first run
-    notes, models : of its last run
+    notes, models, propagator, config : of its last run
     """
 
     name: str
@@ -209,6 +212,8 @@ class ObjectState:
     window: Window | None = None
     notes: tuple[str, ...] = ()
     models: tuple[Mapping[str, str], ...] = ()
+    propagator: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pending(self) -> int:
@@ -319,6 +324,8 @@ class State:
                 window=event.window,
                 notes=event.notes,
                 models=event.models,
+                propagator=event.propagator,
+                config=event.config,
             )
         )
         for name, mask in event.taken.items():

@@ -25,10 +25,11 @@ Propagate = Callable[[Any, Target, str, Config | None], Propagation]
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a run gives: the new masks by object, and what the propagator said."""
+    """What a run gives: the new masks by object, what the propagator said, and its settings."""
 
     masks: Mapping[str, Region]
     said: Propagation
+    config: Config | None
 
 
 class Workbench:
@@ -79,18 +80,16 @@ class Workbench:
         settings = before.settings
         others = {each.name: self.mask_of(each) for each in before.objects if each is not known}
         kept = union(self.scene.shape, others.values()) if settings.overlap == "keep" else None
-        target = self._target(known, again, kept)
+        target, config = self._target(known, again, kept), self.configure(settings)
         log.check_cancelled()
-        said = self._propagate(
-            self._models_for(window), target, settings.propagator, self.configure(settings)
-        )
+        said = self._propagate(self._models_for(window), target, settings.propagator, config)
         log.check_cancelled()
         assert said.region.shape == self.scene.shape
         region = said.region if kept is None else subtract(said.region, kept)
         masks = {known.name: region}
         if settings.overlap == "overwrite":
             masks |= {name: subtract(o, region) for name, o in others.items() if count_shared(o, region)}
-        return Outcome(masks, said)
+        return Outcome(masks, said, config)
 
     def models_at(self, window: Window) -> tuple[dict[str, str], ...]:
         """Return name, licence and hash of the networks that have looked through a window."""

@@ -55,6 +55,11 @@ def masks(session: PromptSession) -> dict[str, str]:
     return {name: key_of(session.mask(name)) for name in session.objects}
 
 
+def test_a_session_needs_no_network_to_be_imported() -> None:
+    code = "import sys, medseg.prompt.session; sys.exit('torch' in sys.modules or 'monai' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 # One object.
 
 
@@ -342,6 +347,7 @@ def test_a_segmentation_says_how_it_came_to_be() -> None:
     assert {"medseg", "torch", "numpy", "models", "settings"} <= set(told)
     assert [p["kind"] for p in told["objects"][1]["prompts"]] == ["point", "scribble"]
     assert told["objects"][2]["prompts"][0]["voxels"] == 20
+    assert told["objects"][1]["propagator"] == "custom" and told["objects"][0]["propagator"] is None
     json.dumps(told)
     full = {name: int((found.volume.array == label).sum()) for name, label in found.labels.entries.items()}
     assert full["liver"] == session.mask("liver").voxels and full["nothing"] == 0
