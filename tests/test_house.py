@@ -83,7 +83,7 @@ def verbs() -> list[str]:
 
     groups = [(f"{group.typer_instance.info.name} ", group.typer_instance) for group in app.registered_groups]
     return [
-        prefix + (command.name or command.callback.__name__)
+        prefix + (command.name or command.callback.__name__.replace("_", "-"))
         for prefix, typer in (("", app), *groups)
         for command in typer.registered_commands
         if command.callback

@@ -294,7 +294,7 @@ def _extruded(asked: Question) -> Region:
     return Region.at(block, (start[0], start[1], start[2]), scene.shape)
 
 
-BASELINES: dict[str, Answer] = {
+BASELINES: dict[str, Callable[[Question], Region]] = {
     "watershed": _watershed,
     "slice-boxes": _slice_boxes,
     "extruded": _extruded,
