@@ -160,10 +160,13 @@ class Journal:
 
 
 class MaskStore:
-    """Masks by the hash of their voxels: packed, in `folder` or (None) in memory; the last used unpacked."""
+    """Masks by the hash of their voxels, on a grid of `shape`: packed, in `folder` or (None) in memory.
 
-    def __init__(self, folder: Path | None, cache_bytes: int = CACHE_BYTES) -> None:
-        self.folder = folder
+    The last used are kept unpacked too, up to `cache_bytes`.
+    """
+
+    def __init__(self, folder: Path | None, shape: Triple, cache_bytes: int = CACHE_BYTES) -> None:
+        self.folder, self.shape = folder, shape
         self.cache_bytes = cache_bytes
         self._packed: dict[str, Mask] = {}
         self._cache: OrderedDict[str, Region] = OrderedDict()
@@ -202,14 +205,6 @@ class MaskStore:
             if path.stem not in wanted:
                 path.unlink(missing_ok=True)
 
-    def copy(self, folder: Path, keys: Iterable[str]) -> None:
-        """Write masks to another folder; those that are lost are left out."""
-        other = MaskStore(folder)
-        for key in keys:
-            region = self.get(key)
-            if region is not None and key_of(region) == key:
-                other.put(region)
-
     def _path(self, key: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{key}.json"
@@ -224,8 +219,9 @@ class MaskStore:
         if self.folder is None or not self._path(key).exists():
             return None
         try:
-            region = Mask.from_dict(json.loads(_read_bytes(self._path(key), LARGEST_SNAPSHOT))).region()
-            if key_of(region) == key:
+            mask = Mask.from_dict(json.loads(_read_bytes(self._path(key), LARGEST_SNAPSHOT)))
+            # The grid first: a file from elsewhere could unpack to more than the memory holds.
+            if mask.shape == tuple(self.shape) and key_of(region := mask.region()) == key:
                 return region
         except (ValueError, RecursionError) as error:  # ConfigError and ReadError are ValueErrors
             logger.warning("a saved mask is damaged and is computed again: %s", error)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from medseg.errors import DataError, ReadError
-from medseg.prompt.state import History, MaskOf, Opened, Resolve, Run, State
+from medseg.prompt.prompts import Mask
+from medseg.prompt.regions import Triple
+from medseg.prompt.state import Add, History, MaskOf, Opened, Resolve, Run, State
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def replay(events: Sequence[Any], folder: Path | None) -> tuple[History, Origins
         try:
             if isinstance(event, Opened):
                 raise DataError("a second image.")
+            _check_masks(event, events[0].shape)
             remember(origins, history.current, event)
             history = history.after(event)
         except DataError as error:
@@ -55,6 +58,13 @@ def replay(events: Sequence[Any], folder: Path | None) -> tuple[History, Origins
                 "Restore the folder from a backup."
             ) from error
     return history, origins
+
+
+def _check_masks(event: Any, shape: Triple) -> None:
+    """Refuse a mask of another grid before it is unpacked: it could be larger than the memory."""
+    for prompt in event.prompts if isinstance(event, Add) else ():
+        if isinstance(prompt, Mask) and prompt.shape != shape:
+            raise DataError(f"a mask on a grid of {prompt.shape}, in an image of {shape}.")
 
 
 def remember(origins: Origins, before: State, event: Any) -> None:

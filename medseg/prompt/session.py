@@ -146,7 +146,7 @@ class PromptSession:
         place = None if folder is None else Path(folder)
         journal, events = Journal.open(place, repair)
         try:
-            masks = MaskStore(None if place is None else place / SNAPSHOTS)
+            masks = MaskStore(None if place is None else place / SNAPSHOTS, scene.shape)
             configure = _resolve_config if propagate is None else _no_config
             bench = Workbench(scene, masks, propagate or _propagate, _maker(models, place), configure)
             if not events:
@@ -372,7 +372,7 @@ class PromptSession:
             if (place / JOURNAL).exists():
                 raise OutputError(f"{place}: holds a session already. Choose another folder.")
             check_writable(place, folder=True)
-            masks = MaskStore(place / SNAPSHOTS)
+            masks = MaskStore(place / SNAPSHOTS, self._bench.scene.shape)
             for key in sorted(referenced(self._history.states)):
                 masks.put(self._bench.region(key))
             self._journal.copy(place)

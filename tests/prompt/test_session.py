@@ -729,6 +729,34 @@ def test_events_that_do_not_follow_are_refused(tmp_path: Path) -> None:
         begin(tmp_path)
 
 
+def test_a_mask_that_would_unpack_to_more_than_the_image_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medseg.prompt.journal import Journal
+    from medseg.prompt.state import Add
+
+    with begin(tmp_path) as session:
+        session.add("a", at(5, 5, 5))
+        kept = masks(session)
+    huge = Mask(shape=(2000, 2000, 2000), start=(0, 0, 0), size=(2000, 2000, 2000), packed="")
+    (snapshot,) = (tmp_path / SNAPSHOTS).iterdir()
+    snapshot.write_text(huge.model_dump_json())
+    unpack = Mask.region
+
+    def careful(mask: Mask) -> Region:
+        assert mask.shape == SHAPE, "unpacked"
+        return unpack(mask)
+
+    monkeypatch.setattr(Mask, "region", careful)
+    with begin(tmp_path) as again:
+        assert masks(again) == kept
+    journal, _ = Journal.open(tmp_path)
+    journal.append(Add(object="a", prompts=(huge,), axis=2))
+    journal.close()
+    with pytest.raises(ReadError, match="grid of"):
+        begin(tmp_path)
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = begin(tmp_path)
     session.add("a", at(5, 5, 5))
