@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ class EmbeddingCache:
 
     What comes out is bit for bit what went in. A file that is damaged is removed, as if it had never been.
     A disk that is full or read-only costs no result: the cache then lives in memory only. One cache may
-    serve several threads, and one folder several processes.
+    serve several threads, and one folder several processes. A key says all that its tensor depends on.
 
     Parameters
     ----------
@@ -100,12 +102,16 @@ class EmbeddingCache:
             logger.warning("%s: a damaged embedding was removed (%s); it is computed again", path, error)
             path.unlink(missing_ok=True)
             return None
-        os.utime(path)  # the order in which files go is that of their last use
+        now = time.time_ns()  # the system's own stamp is some milliseconds coarse
+        with suppress(OSError):
+            os.utime(path, ns=(now, now))  # files go in the order of their last use
         return found
 
     def _write(self, key: str, tensor: Tensor) -> None:
         path = self._path(key)
         assert path is not None
+        if path.is_file():  # of another thread or process: the same, since its key is
+            return
         content = tensor.detach().cpu().contiguous()
         data = save({"embedding": content}, {"key": key, "sha256": _digest(content)})
         try:
