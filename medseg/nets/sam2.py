@@ -344,7 +344,7 @@ class Sam2(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if not labels:  # an empty point stands for none; the encoder adds a second one itself
             points, labels = np.zeros((1, 2)), [PADDING]
-        places = torch.as_tensor(np.asarray(points), dtype=torch.float32, device=self.device)
+        places = torch.as_tensor(np.ascontiguousarray(points), dtype=torch.float32, device=self.device)
         signs = torch.tensor(labels, dtype=torch.int32, device=self.device)
         known = None
         if logits is not None:

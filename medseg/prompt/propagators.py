@@ -6,6 +6,7 @@ from typing import Any
 from medseg.config import Config
 from medseg.errors import ConfigError
 from medseg.prompt.consensus import ConsensusConfig, propagate_consensus
+from medseg.prompt.memory import MemoryConfig, propagate_memory
 from medseg.prompt.rasterise import check_prompts
 from medseg.prompt.slicewise import (
     BoxConfig,
@@ -23,6 +24,7 @@ PROPAGATORS: dict[str, tuple[type[Config], Callable[[Models, Target, Any], Propa
     "box": (BoxConfig, propagate_box),
     "mask": (MaskConfig, propagate_mask),
     "points": (PointsConfig, propagate_points),
+    "memory": (MemoryConfig, propagate_memory),
     "consensus": (ConsensusConfig, propagate_consensus),
 }
 DEFAULT = "box"
