@@ -103,8 +103,9 @@ def load_plan_config(path: Path) -> None:
 
 def load_train_config(path: Path) -> None:
     from medseg.train import load_recipe
+    from medseg.train.promptable_config import load_promptable
 
-    load_recipe(str(path))
+    (load_promptable if path.stem == "promptable" else load_recipe)(str(path))
 
 
 def load_prompt_config(path: Path) -> None:
@@ -112,6 +113,10 @@ def load_prompt_config(path: Path) -> None:
         from medseg.train.refiner import Recipe
 
         Recipe.load(path)
+    elif path.name == "batch.yaml":
+        from medseg.prompt.batch import load_prompts
+
+        load_prompts(path)
     else:
         from medseg.prompt.cases import load_cases
 
@@ -253,6 +258,7 @@ def test_every_dependency_is_pinned() -> None:
 
 # Being listed is being tested: each table of names with the test that every entry must pass.
 REGISTRIES = {
+    "medseg.nets.sam:ENCODERS": "nets.test_sam:test_an_encoder_gives_an_embedding_at_its_stride",
     "medseg.nets:NETS": "nets.test_nets:test_logits_have_the_shape_of_the_patch",
     "medseg.exchange:EXPORTERS": "exchange.test_exporters:test_an_export_is_written_whole_or_not_at_all",
     "medseg.io:READERS": "io.test_formats:test_a_file_of_something_else_is_one_sentence_with_its_name",

@@ -21,6 +21,7 @@ from medseg.cli.info import info
 from medseg.cli.plan import plan
 from medseg.cli.predict import predict
 from medseg.cli.progress import MessageHandler, TerminalListener
+from medseg.cli.prompt import PromptCommand, prompt
 from medseg.cli.select import select
 from medseg.cli.signals import PATIENT, Signals, leave
 from medseg.cli.train import stop, train
@@ -49,8 +50,11 @@ def _root(
         context.obj.patient = context.invoked_subcommand in PATIENT
 
 
-for verb in (check, plan, train, stop, predict, evaluate, evaluate_prompts, select, demo, info, clean):
+for verb in (check, plan, train, stop, predict, evaluate):
     app.command()(verb)
+app.command(cls=PromptCommand)(prompt)
+for further in (evaluate_prompts, select, demo, info, clean):
+    app.command()(further)
 app.add_typer(bundle)
 app.add_typer(assets)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medseg.errors import BundleError
-from medseg.nets.sam import SPECS, Sam, build_sam, load_sam
+from medseg.nets.sam import ENCODERS, SPECS, Sam, build_sam, load_sam
 from medseg.nets.sam_checkpoint import read_weights, recognise
 from medseg.nets.sam_decoder import MaskDecoder, PromptEncoder
 from medseg.nets.sam_vit import SIZES, ImageEncoderViT, VitSize
@@ -148,6 +148,14 @@ def test_a_vit_gives_the_embedding_of_the_authors_code() -> None:
 def test_a_vit_takes_images_of_other_sizes() -> None:
     encoder = ImageEncoderViT(VitSize(32, 2, 2, (1,)), grid=16).eval()
     assert encoder(torch.zeros(1, 3, 128, 96)).shape == (1, 256, 8, 6)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_gives_an_embedding_at_its_stride(name: str) -> None:
+    with torch.device("meta"):  # shapes without numbers: ViT-H costs nothing
+        encoder = ENCODERS[name]()
+        embedding = encoder(torch.zeros(1, 3, 64, 128))
+    assert embedding.shape == (1, 256, 64 // encoder.stride, 128 // encoder.stride)
 
 
 @pytest.mark.parametrize("size", SIZES)
