@@ -14,6 +14,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from medseg.errors import BundleError
+from medseg.nets.sam_bundle import is_tuned, read_tuned
 from medseg.nets.sam_checkpoint import read_weights, recognise
 from medseg.nets.sam_decoder import MaskDecoder, PromptEncoder
 from medseg.nets.sam_vit import SIZES, ImageEncoderViT
@@ -163,11 +164,11 @@ def build_sam(kind: str) -> Sam:
 
 
 def load_sam(path: PathLike, kind: str | None = None) -> Sam:
-    """Read a published checkpoint, of torch or safetensors; nothing in it is run.
+    """Read a published checkpoint, of torch or safetensors, or a fine-tuned bundle; nothing in it is run.
 
     Parameters
     ----------
-    path : ``.pth``, ``.pt``, ``.bin`` or ``.safetensors``
+    path : ``.pth``, ``.pt``, ``.bin`` or ``.safetensors``, or what ``medseg train --task promptable`` wrote
     kind : name in `SPECS`; found from names and shapes of the weights if not given. MedSAM and SAM ViT-B
         do not differ in these: a file is MedSAM's if its name says so.
 
@@ -176,12 +177,15 @@ def load_sam(path: PathLike, kind: str | None = None) -> Sam:
     BundleError
         The file is damaged, names code, or holds another network: which is said.
     """
-    weights = read_weights(path)
-    found = recognise(weights, path)
+    if is_tuned(path):
+        weights, found = read_tuned(path)
+    else:
+        weights = read_weights(path)
+        found = recognise(weights, path)
     if kind is None:
         kind = found
     sam = build_sam(kind)
-    if sam.spec.encoder != SPECS[found].encoder:
+    if found not in SPECS or sam.spec.encoder != SPECS[found].encoder:
         raise BundleError(
             f"{path}: holds {found}, not {kind}. Pass the file of {kind}, or leave the kind out."
         )
