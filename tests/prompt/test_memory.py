@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,6 +249,27 @@ def test_the_same_prompts_give_the_same_bytes_with_a_real_network(monkeypatch: p
     assert found[0].region == found[1].region
     assert found[0].confidence == found[1].confidence
     assert found[0].region.voxels
+
+
+def test_a_given_file_is_loaded_once_and_its_features_are_cached(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    from medseg.nets import sam2
+    from tests.nets.test_sam2 import SMALL, filled
+
+    monkeypatch.setattr(sam2, "SPECS", (SMALL,))
+    weights = sam2.to_original(filled(SMALL, score=3.0).network.state_dict())
+    torch.save({"model": weights}, tmp_path / "small.pt")
+    scene = scene_of(tube((40, 36, 6), 0, 5))
+    models = Models.open(scene, EmbeddingCache(), given={"medsam2": tmp_path / "small.pt"})
+    target = Target((box_of(scene, (12, 12, 3), (28, 26, 4), "axial"),), 2)
+    config = MemoryConfig(size=64, weights="medsam2", precision="fp32")
+    first = propagate(models, target, "memory", config)
+    loaded = memory.network(models, config)
+    assert memory.network(Models.open(scene, given=models.given), config) is loaded
+    monkeypatch.setattr(loaded, "encode", None)  # would raise if it were called
+    assert propagate(models, target, "memory", config).region == first.region
 
 
 def test_prompting_does_not_load_transformers() -> None:
