@@ -342,12 +342,14 @@ class _Page:
         return _fitted(np.array([[0.0, size[0]], [0.0, size[1]]]), aspect)
 
     def _around(self, block: Shown) -> FloatArray:
-        """Return the square view around an object and what was pointed at on its slices."""
-        ends = []
-        for a in _others(block.axis):
-            step = self.scene.spacing[a]
-            ends.append([block.region.start[a] * step, block.region.stop[a] * step])
-        view = np.array(ends)
+        """Return the square view around an object and what it was pointed at with."""
+        sides = list(_others(block.axis))
+        step = np.array(self.scene.spacing)[sides]
+        low, high = (np.array(ends, dtype=float)[sides] for ends in (block.region.start, block.region.stop))
+        for prompt in block.prompts:
+            first, last = _span(self.scene, prompt)
+            low, high = np.minimum(low, first[sides] + 0.5), np.maximum(high, last[sides] + 0.5)
+        view = np.stack([low * step, high * step], axis=1)
         side = max(float(np.ptp(view, axis=1).max()) * 1.3, 12 * min(self.scene.spacing))
         return np.stack([view.mean(axis=1) - side / 2, view.mean(axis=1) + side / 2], axis=1)
 
