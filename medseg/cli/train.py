@@ -21,13 +21,21 @@ def train(
         str | None,
         typer.Option("--configuration", "-c", help="2d, 3d_lowres, 3d_fullres, 3d_cascade_fullres."),
     ] = None,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="segment, or promptable: fine-tune MobileSAM to answer boxes and clicks on DATASET."
+        ),
+    ] = "segment",
     fold: Annotated[str, typer.Option(help="0 to 4, or all.")] = "0",
     max_minutes: Annotated[
         float | None, typer.Option(min=0.05, help="Finish in this time, learning rate annealed.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
-    recipe: Annotated[str | None, typer.Option(help="nnunet, cpu, or a YAML file.")] = None,
-    pretrained: Annotated[Path | None, typer.Option(help="Bundle to fine-tune from.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="nnunet, cpu, promptable, or a YAML file.")] = None,
+    pretrained: Annotated[
+        Path | None, typer.Option(help="Bundle to fine-tune from; for promptable also a file of weights.")
+    ] = None,
     previous: Annotated[Path | None, typer.Option(help="Run folder of the cascade's first stage.")] = None,
     splits: Annotated[Path | None, typer.Option(help="splits_final.json with custom folds.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -36,19 +44,27 @@ def train(
 ) -> None:
     """Train a model on DATASET and write a bundle, its validation and a report to the run folder."""
     from medseg.errors import ConfigError
-    from medseg.train import describe, fit
 
     if fold != "all" and not fold.isdigit():
         raise ConfigError(f"--fold {fold}: expected a number or 'all'.")
     chosen: dict[str, object] = {
-        "plan": plan,
-        "preset": preset,
-        "configuration": configuration,
         "fold": "all" if fold == "all" else int(fold),
         "overrides": tuple(overrides or ()),
         "recipe": recipe,
         "splits": splits,
     }
+    planned = {"plan": plan, "preset": preset, "configuration": configuration}
+    if task == "promptable":
+        _refuse({**planned, "previous": previous})
+        chosen["pretrained"] = pretrained
+        limits: dict[str, object] = {"max_minutes": max_minutes, "resume": resume, "device": device}
+        _tune(dataset, out, chosen, limits, dry_run, json)
+        return
+    if task != "segment":
+        raise ConfigError(f"--task {task}: expected segment or promptable.")
+    from medseg.train import describe, fit
+
+    chosen |= planned
     if dry_run:
         facts = describe(dataset, out, **chosen)
         typer.echo(json_module.dumps(facts, indent=1) if json else _readable(facts))
@@ -71,6 +87,45 @@ def train(
     typer.echo(f"Report: {out / f'fold_{fold}' / 'report.html'}")
     for name, dice in summary["validation_dice"].items():
         typer.echo(f"  Dice {name}: {dice:.4f}" if dice is not None else f"  Dice {name}: no case has it")
+
+
+def _refuse(planned: dict[str, object]) -> None:
+    from medseg.errors import ConfigError
+
+    given = [f"--{name}" for name, value in planned.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: --task promptable has no plan. Leave it out; settings go into --recipe or "
+            "behind the dataset, e.g. lora.rank=4."
+        )
+
+
+def _tune(
+    dataset: Path,
+    out: Path,
+    chosen: dict[str, object],
+    limits: dict[str, object],
+    dry_run: bool,
+    json: bool,
+) -> None:
+    """Fine-tune a promptable network and say how much better it is."""
+    from medseg.train.promptable import describe_tuning, tune
+
+    if dry_run:
+        facts = describe_tuning(dataset, out, **chosen)
+        typer.echo(json_module.dumps(facts, indent=1) if json else _readable(facts))
+        return
+    bundle = tune(dataset, out, **chosen, **limits)  # type: ignore[arg-type]
+    folder = out / f"fold_{chosen['fold']}"
+    summary = json_module.loads((folder / "result.json").read_text())
+    if json:
+        typer.echo(json_module.dumps(summary))
+        return
+    typer.echo(f"Bundle: {bundle}")
+    typer.echo(f"Report: {folder / 'report.html'}")
+    typer.echo("Dice on slices of held-out cases, after a jittered box and after each click:")
+    for name in ("before", "after"):
+        typer.echo(f"  {name:<7}" + "".join(f"{dice:8.4f}" for dice in summary[name]["dice"]))
 
 
 def stop(run: Annotated[Path, typer.Argument(help="Run folder of a training in progress.")]) -> None:
