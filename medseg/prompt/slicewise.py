@@ -140,6 +140,10 @@ BOX_STOPS = Stops(iou=0.4, drift=2.0)
 ZOOM_STOPS = Stops(iou=0.5, growth=2.0, swell=1.5, drift=1.0)
 
 
+# Logits of the mask that is shown beside a click: after five clicks 0.61 mean Dice, with certain ones 0.60.
+DOUBT = 1.0
+
+
 class BoxConfig(Travel):
     """Settings of `box`, LiteMedSAM's own algorithm.
 
@@ -336,12 +340,14 @@ def _questions(
     clicks = [each for each in (given, expected.hints) if each is not None and len(each.points)]
     if not clicks:
         return [shown(part) for part in islands(expected, zoom.parts)]
-    # Clicks on a slice where the object is known: one question, for a click may join two islands.
+    # Clicks on a slice where the object is known: one question, for a click may join two islands. What was
+    # found before is in doubt then: its logits are shown small, so that clicks are heard.
     base = shown(expected)
     points = np.concatenate([base.points, *(each.points for each in clicks)])
     positive = np.concatenate([base.positive, *(each.positive for each in clicks)])
     box = None if base.box is None else widened(base.box, points[positive])
-    return [SlicePrompts(points, positive, box, base.mask)]
+    mask = None if base.mask is None else np.clip(base.mask, -DOUBT, DOUBT)
+    return [SlicePrompts(points, positive, box, mask)]
 
 
 def _answers(

@@ -75,15 +75,15 @@ class Travel(Config):
         Walk a range that the user gave to its ends, whatever is found there.
     restart : bool
         After an empty slice ask with the box of the anchor again, instead of with the last mask.
-    reach : int
-        Most slices that a correction changes on each side of its own.
+    deep : float
+        How far a correction reaches across slices, as a multiple of how wide it is on its own.
     """
 
     stops: Stops = Stops()
     clean: CleanConfig = CleanConfig()
     trust_limits: bool = False
     restart: bool = False
-    reach: int = Field(64, ge=0)
+    deep: float = Field(1.0, ge=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -392,15 +392,17 @@ class _Trip:
         for index in fresh:
             old = self.stack.get(index)
             seen = self.ask(index, self.nearest(previous, index))
+            if fresh[index].box is None and fresh[index].mask is None:
+                seen = replace(seen, mask=_changed_at(fresh[index].points, old, seen.mask))
             self.keep(index, seen, seen.score)
             for indices in self.ways(index):
                 self.spread(old, seen, indices)
 
     def ways(self, index: int) -> tuple[range, range]:
-        """Return the slices on both sides, as far as the next anchor and the reach."""
+        """Return the slices on both sides, as far as the next anchor."""
         low, high = self.ends()
-        low = max([low, index - self.config.reach, *(i + 1 for i in self.given if i < index)])
-        high = min([high, index + self.config.reach, *(i - 1 for i in self.given if i > index)])
+        low = max([low, *(i + 1 for i in self.given if i < index)])
+        high = min([high, *(i - 1 for i in self.given if i > index)])
         return range(index - 1, low - 1, -1), range(index + 1, high + 1)
 
     def nearest(self, previous: Region, index: int) -> Seen | None:
@@ -411,22 +413,32 @@ class _Trip:
         return Seen(previous.plane(self.axis, near))
 
     def spread(self, old: BoolArray, anchor: Seen, indices: range) -> None:
-        """Carry what a correction has added and removed to the next slices, until it fades."""
+        """Carry what a correction has added and removed to the next slices, less and less of it."""
         added, removed = anchor.mask & ~old, old & ~anchor.mask
         last = anchor
-        for index in indices:
+        within = indices[: self.depth(int(np.count_nonzero(added | removed)))]
+        for step, index in enumerate(within, 1):
             before = self.stack.get(index)
             expected = Seen((before | added) & ~removed, hints=_hints(added, removed))
             now = self.ask(index, expected)
             added = touching(now.mask & ~before, added)
             removed = touching(before & ~now.mask, removed)
+            # Without this, five clicks make masks worse: 0.59 to 0.50 mean Dice, and 0.60 with it.
+            mixed = interpolate((before | added) & ~removed, before, step / (len(within) + 1))
+            added, removed = mixed & ~before, before & ~mixed
             if not (added.any() or removed.any()):
                 return
-            seen = observe(self.scene, self.axis, index, replace(now, mask=(before | added) & ~removed))
+            seen = observe(self.scene, self.axis, index, replace(now, mask=mixed))
             if not before.any() and failure(seen, last, anchor, self.config.stops):
                 return
             self.keep(index, seen, now.score)
             last = seen
+
+    def depth(self, pixels: int) -> int:
+        """Return how many slices an error of so many pixels may reach: it is as deep as it is wide."""
+        rows, columns = (step for a, step in enumerate(self.scene.spacing) if a != self.axis)
+        wide = 2 * np.sqrt(pixels * rows * columns / np.pi)
+        return int(np.ceil(self.config.deep * wide / self.scene.spacing[self.axis]))
 
     def untouched(self, previous: Region, prompts: tuple[Prompt, ...]) -> Region | None:
         """Return the parts of the previous mask that stand though no earlier prompt touches them."""
@@ -473,6 +485,14 @@ def _exact(scene: Scene, target: Target, given: Mapping[int, SlicePrompts]) -> d
                 if index in given and not len(given[index].points):
                     found[index] = area.region.plane(target.axis, index)
     return found
+
+
+def _changed_at(points: FloatArray, old: BoolArray, new: BoolArray) -> BoolArray:
+    """Return the old mask with those components of its change to the new one that hold a click."""
+    clicked = np.zeros_like(old)
+    rows, columns = rasterise.nearest(points).astype(int).T
+    clicked[rows, columns] = True
+    return (old | touching(new & ~old, clicked)) & ~touching(old & ~new, clicked)
 
 
 def _hints(added: BoolArray, removed: BoolArray) -> SlicePrompts:

@@ -165,8 +165,23 @@ def test_a_click_into_what_was_missed_adds_it_on_the_slices_around_and_leaves_th
     previous = mask.copy()
     previous[24:, :, 11:14] = False
     found, fake = corrected(mask, previous, click(scene_of(mask), 27, 22, 12))
-    assert (found == mask).all()
+    assert (found[:, :, 12] == mask[:, :, 12]).all()
+    for index in (11, 13):  # less and less of it
+        assert previous[:, :, index].sum() < found[:, :, index].sum() <= mask[:, :, index].sum()
+    others = [k for k in range(SHAPE[2]) if k not in (11, 12, 13)]
+    assert (found[:, :, others] == mask[:, :, others]).all()
     assert {index for _, index, _, _ in fake.asked} <= set(range(10, 16))
+
+
+def test_a_correction_is_as_deep_as_it_is_wide_and_changes_what_holds_the_click() -> None:
+    mask = tube(SHAPE, 2, 17)
+    previous = mask.copy()
+    previous[27:] = False
+    previous[:20, :, 16] = False
+    found, fake = corrected(mask, previous, click(scene_of(mask), 29, 22, 16))
+    assert found[29, 22, 16]
+    assert (found[:20] == previous[:20]).all()
+    assert {index for _, index, _, _ in fake.asked} <= set(range(12, 19))
 
 
 def test_a_click_into_what_is_not_the_object_removes_it_on_the_slices_around() -> None:
@@ -189,7 +204,9 @@ def test_a_correction_stops_at_the_next_anchor() -> None:
     )
     found, _, fake = follow(mask, target)
     assert (found[:, :, :10] == previous[:, :, :10]).all()
-    assert (found[:, :, 10:] == mask[:, :, 10:]).all()
+    assert (found[:, :, 13] == mask[:, :, 13]).all()
+    assert (found[:, :, 10:16] & ~previous[:, :, 10:16]).any(axis=(0, 1)).all()
+    assert not (found & ~mask).any()
     assert min(index for _, index, _, _ in fake.asked) == 10
 
 
