@@ -46,7 +46,11 @@ def prompt(
     context: typer.Context,
     volume: Annotated[
         Path,
-        typer.Argument(metavar="VOLUME", readable=False, help="Image, or a YAML file of prompts for many."),
+        typer.Argument(
+            metavar="VOLUME",
+            readable=False,
+            help="Image, the sample mni-t1, or a YAML file of prompts for many images.",
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -252,7 +256,18 @@ def prompt(
         "config": None if everything else _config(propagator, set_ or [], session),
     }
     options = Options.from_dict({k: v for k, v in values.items() if v is not None}, "medseg prompt")
-    work = Work(volume, out, session, sheet, options, tuple(set_ or []), undo, redo, _pairs(resolve or []))
+    work = Work(
+        volume.name,
+        _image(volume),
+        out,
+        session,
+        sheet,
+        options,
+        tuple(set_ or []),
+        undo,
+        redo,
+        _pairs(resolve or []),
+    )
     work.check(said, everything)
     if everything:
         work.run_everything(said, networks, json)
@@ -355,8 +370,9 @@ def _read_prompt(prompt: Mapping[str, Any], said: Said) -> dict[str, Any]:
 
 @dataclass
 class Work:
-    """One image on the command line."""
+    """One image on the command line, and the name that its user has for it."""
 
+    name: str
     volume: Path
     out: Path | None
     folder: Path | None
@@ -425,12 +441,12 @@ class Work:
         axis = _axis(settings.axis)
         found = find_everything(self.volume, self.options, self.overrides, axis, reach, networks)
         if self.out is not None:
-            found.write(self.volume.name, self.out)
+            found.write(self.name, self.out)
         if self.sheet is not None:
             from medseg.files import atomic_path
             from medseg.prompt.sheet import draw_sheet
 
-            png = draw_sheet(found.scene, found.sheet(), self.volume.name)
+            png = draw_sheet(found.scene, found.sheet(), self.name, together=True)
             with atomic_path(self.sheet) as temporary:
                 temporary.write_bytes(png)
         rows = found.rows()
@@ -461,9 +477,9 @@ class Work:
         from medseg.prompt.batch import describe, write_result
         from medseg.prompt.sheet import write_sheet
 
-        rows = describe(session) if self.out is None else write_result(session, self.volume.name, self.out)
+        rows = describe(session) if self.out is None else write_result(session, self.name, self.out)
         if self.sheet is not None:
-            write_sheet(session, self.sheet, self.volume.name)
+            write_sheet(session, self.sheet, self.name)
         return rows
 
     def say(self, session: "PromptSession", rows: list[dict[str, Any]], json: bool) -> None:
@@ -595,6 +611,17 @@ def _pairs(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
             raise ConfigError(f"--resolve {text!r}: expected WINNER,LOSER, such as liver,spleen.")
         found.append((winner, loser))
     return tuple(found)
+
+
+def _image(volume: Path) -> Path:
+    """Return the file of an image, which may be a sample named by its asset."""
+    from medseg.assets import ASSETS, find
+    from medseg.io.formats import suffix_of
+
+    named = ASSETS.get(str(volume))
+    if named is None or volume.exists() or not suffix_of(named.filename):
+        return volume
+    return find(named.name)
 
 
 def _networks(weights: Sequence[str], folder: Path | None) -> "Networks":

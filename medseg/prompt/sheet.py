@@ -114,7 +114,7 @@ def shown_of(session: "PromptSession") -> list[Shown]:
     return found
 
 
-def draw_sheet(scene: Scene, objects: Sequence[Shown], title: str = "") -> bytes:
+def draw_sheet(scene: Scene, objects: Sequence[Shown], title: str = "", together: bool = False) -> bytes:
     """Draw objects of one image.
 
     Parameters
@@ -122,6 +122,7 @@ def draw_sheet(scene: Scene, objects: Sequence[Shown], title: str = "") -> bytes
     scene : the image
     objects : a block each; more than :data:`MOST_BLOCKS` are drawn into one
     title : of the whole
+    together : draw them into one block, however few they are
 
     Returns
     -------
@@ -131,12 +132,13 @@ def draw_sheet(scene: Scene, objects: Sequence[Shown], title: str = "") -> bytes
     from matplotlib.figure import Figure
 
     colours = {each.name: PALETTE[n % len(PALETTE)] for n, each in enumerate(objects)}
-    blocks = _together(scene, objects) if len(objects) > MOST_BLOCKS else list(objects)
+    together = bool(objects) and (together or len(objects) > MOST_BLOCKS)
+    blocks = _together(scene, objects) if together else list(objects)
     heights = [_block_height(scene, block) for block in blocks]
     top = 0.55 if title else 0.15
     height = top + sum(heights) + _BETWEEN * max(0, len(blocks) - 1) + _MARGIN
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor=_GROUND)
-    page = _Page(figure, scene, objects, colours, height)
+    page = _Page(figure, scene, () if together else objects, objects if together else (), colours, height)
     if title:
         page.text(_MARGIN, 0.38, title, size=15, weight="bold")
     for block, size in zip(blocks, heights, strict=True):
@@ -198,10 +200,12 @@ class _Page:
         figure: "Figure",
         scene: Scene,
         objects: Sequence[Shown],
+        tinted: Sequence[Shown],
         colours: Mapping[str, str],
         height: float,
     ) -> None:
         self.figure, self.scene, self.objects, self.colours = figure, scene, objects, colours
+        self.tinted = tinted
         self.height = height
 
     def text(
@@ -284,9 +288,9 @@ class _Page:
             interpolation="bilinear",
             aspect="auto",
         )
-        if len(self.objects) > MOST_BLOCKS:
+        if self.tinted:
             self._tint(axes, axis, index, size)
-        for each in self.objects if len(self.objects) <= MOST_BLOCKS else ():
+        for each in self.objects:
             mask = each.region.plane(axis, index)
             if mask.any():
                 strong = each.name == block.name
@@ -307,7 +311,7 @@ class _Page:
 
         across, up = _others(axis)
         labels = np.zeros((self.scene.shape[across], self.scene.shape[up]), dtype=np.int32)
-        for n, each in enumerate(self.objects, 1):
+        for n, each in enumerate(self.tinted, 1):
             if each.region.start[axis] <= index < each.region.stop[axis]:
                 rows, columns = (each.region.slices[a] for a in (across, up))
                 part = each.region.array.take(index - each.region.start[axis], axis)
@@ -317,7 +321,7 @@ class _Page:
             differ = np.diff(labels, axis=a) != 0
             edge[tuple(slice(0, -1) if b == a else slice(None) for b in range(2))] |= differ
             edge[tuple(slice(1, None) if b == a else slice(None) for b in range(2))] |= differ
-        table = np.array([(0.0, 0.0, 0.0), *(to_rgb(self.colours[each.name]) for each in self.objects)])
+        table = np.array([(0.0, 0.0, 0.0), *(to_rgb(self.colours[each.name]) for each in self.tinted)])
         alpha = np.where(labels > 0, np.where(edge, 0.9, 0.3), 0.0)
         picture = np.concatenate([table[labels], alpha[..., None]], axis=-1).swapaxes(0, 1)
         extent = (0.0, size[0], 0.0, size[1])

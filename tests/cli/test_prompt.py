@@ -225,6 +225,13 @@ def test_a_dry_run_says_where_the_prompts_are_and_writes_nothing() -> None:
     assert "box (axial)" in result.stdout and not Path("out.nii.gz").exists()
 
 
+def test_a_sample_is_named_instead_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = image()
+    monkeypatch.setattr("medseg.assets.find", lambda name: source if name == "mni-t1" else None)
+    run("mni-t1", *POINT, "-o", "out.nii.gz")
+    assert json.loads(Path("out.prompt.json").read_text())["input"] == "mni-t1"
+
+
 def test_a_drawn_mask_is_a_prompt() -> None:
     source = image()
     drawn = np.zeros(SHAPE, np.uint8)

@@ -128,6 +128,16 @@ def test_none_and_many_objects_fit_on_a_sheet(count: int) -> None:
     assert pixels(draw_sheet(scene, objects, "all")).shape[0] < 2000
 
 
+def test_many_objects_keep_their_places_and_colours() -> None:
+    scene = Scene.of(noise(GEOMETRIES["straight"]), (0, 200))
+    block = np.ones((3, 3, 3), dtype=bool)
+    right, left = (Region.at(block, (i, j, 3), scene.shape) for i, j in ((8, 6), (1, 1)))
+    part = panel(pixels(draw_sheet(scene, [Shown("a", right), Shown("b", left)], together=True)), 0)
+    places = [np.argwhere(coloured(part, colour)).mean(axis=0) for colour in sheet.PALETTE[:2]]
+    middle = np.array(part.shape[:2]) / 2
+    assert (places[0] < middle).all() and (places[1] > middle).all()
+
+
 def test_an_object_that_was_not_found_has_its_name_and_no_pictures() -> None:
     scene = Scene.of(noise(GEOMETRIES["straight"]), (0, 200))
     empty = pixels(draw_sheet(scene, [Shown("a", Region.empty(scene.shape))]))
