@@ -181,7 +181,7 @@ def _text(card: Card) -> str:
         f"- made by medseg {card.medseg}",
         *(f"- {name}: {value}" for name, value in card.metrics.items() if isinstance(value, int | float)),
         "",
-        "Use with `medseg prompt VOLUME --model THIS_FOLDER ...`.",
+        f"Use with `medseg prompt VOLUME --weights {card.base}=THIS_FOLDER ...`.",
         "",
     ]
     return "\n".join(lines)

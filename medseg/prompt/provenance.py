@@ -35,11 +35,16 @@ def models_at_work(models: Any) -> Iterator[dict[str, str]]:
     """Yield name, licence and SHA-256 of the networks of a :class:`~medseg.prompt.slicewise.Models`."""
     from medseg import assets
     from medseg.files import sha256_file
+    from medseg.nets.sam_bundle import hash_card, is_tuned, read_card
 
     given: Mapping[str, PathLike] = getattr(models, "given", {})
     for name in sorted({asset for asset, _ in getattr(models, "ready", {})}):
         path = given.get(name)
-        if name in assets.ASSETS:
+        if path is not None and is_tuned(path):
+            card = read_card(path)
+            title = f"{card.base} fine-tuned on {card.dataset}"
+            yield {"name": title, "licence": card.licence, "sha256": hash_card(path)}
+        elif name in assets.ASSETS:
             yield assets.provenance(name, path)
         elif path is not None:
             yield {"name": name, "licence": "unknown", "sha256": sha256_file(path)}

@@ -1,7 +1,8 @@
 """``medseg train --task promptable``: a network that answers prompts, fine-tuned on a data set.
 
 A run folder holds ``fold_K/`` (recipe, prepared samples, state, log, result, report) and ``bundle/``, which
-``medseg prompt --model`` and ``Models.open(given=...)`` take in the place of the published weights.
+``medseg prompt --weights mobile-sam=RUN`` and ``Models.open(given=...)`` take in the place of the published
+weights.
 """
 
 import hashlib

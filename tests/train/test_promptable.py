@@ -17,6 +17,7 @@ from medseg.io import Case, open_dataset, read, write
 from medseg.labels import LabelSet
 from medseg.nets.sam import build_sam, load_sam
 from medseg.nets.sam_bundle import read_card
+from medseg.prompt.provenance import models_at_work
 from medseg.prompt.scene import Scene
 from medseg.prompt.segmenter import SlicePrompts, SliceSegmenter
 from medseg.prompt.slicewise import Models
@@ -109,6 +110,8 @@ def test_the_bundle_says_where_it_comes_from_and_takes_the_place_of_the_publishe
     models.click_size = card.size
     found = models.click_segmenter.predict(2, 4, SlicePrompts(box=(2.5, 2.5, 18.5, 18.5)))
     assert np.isfinite(found.logits).all()
+    (known,) = models_at_work(models)
+    assert known["name"].startswith("mobile-sam fine-tuned on discs") and known["licence"] == "unknown"
     with pytest.raises(BundleError, match="holds mobile-sam, not lite-medsam"):
         Models.open(scene, given={"lite-medsam": finished / "bundle"}).weights("lite-medsam")
     assert "Loss" in (finished / "fold_0" / "report.html").read_text()
