@@ -530,7 +530,8 @@ def _lines(row: Mapping[str, Any], unit: str, session: "PromptSession") -> Itera
 
 def _line(row: Mapping[str, Any]) -> str:
     score = "" if row["confidence"] is None else f"   confidence {row['confidence']:.2f}"
-    return f"{row['name']:<20} {row['volume_ml']:>9,.4g} ml   {row['slices']:>3} {row['plane']} slices{score}"
+    slices = f"{row['slices']:>3} {row['plane']} slice{'s' if row['slices'] != 1 else ''}"
+    return f"{row['name']:<20} {row['volume_ml']:>9,.4g} ml   {slices}{score}"
 
 
 def _axis(text: str | None) -> int | str | None:

@@ -477,6 +477,5 @@ def _not_finite(volume: Volume, channel: int | None) -> tuple[str, ...]:
     if array.dtype.kind not in "fc":
         return ()
     bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-    return (
-        (f"{bad:,} of {array.size:,} voxels are not numbers; they are taken for the darkest",) if bad else ()
-    )
+    said = f"{bad:,} of {array.size:,} voxels are not numbers; they are taken for the darkest"
+    return (said,) if 0 < bad < array.size else ()

@@ -99,8 +99,8 @@ def shown_of(session: "PromptSession") -> list[Shown]:
         scores = [score for _, score in known.confidence]
         words = [
             f"{millilitres:,.4g} ml",
-            f"{region.stop[axis] - region.start[axis]} {PLANES[axis]} slices",
-            f"{len(known.prompts)} prompt{'s' if len(known.prompts) != 1 else ''}",
+            _count(region.stop[axis] - region.start[axis], f"{PLANES[axis]} slice"),
+            _count(len(known.prompts), "prompt"),
         ]
         if scores:
             words.append(f"confidence {np.mean(scores):.2f}")
@@ -112,6 +112,10 @@ def shown_of(session: "PromptSession") -> list[Shown]:
         note = "  ·  ".join(words)
         found.append(Shown(known.name, region, axis, prompts, dict(known.confidence), window, note))
     return found
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def draw_sheet(scene: Scene, objects: Sequence[Shown], title: str = "", together: bool = False) -> bytes:
