@@ -423,7 +423,8 @@ class _Trip:
             now = self.ask(index, expected)
             added = touching(now.mask & ~before, added)
             removed = touching(before & ~now.mask, removed)
-            # Without this, five clicks make masks worse: 0.59 to 0.50 mean Dice, and 0.60 with it.
+            # Fading is worth little by itself (mean Dice of five objects after five clicks 0.59 without, 0.60
+            # with it). Most comes from changing only what holds the click: with neither it was 0.51.
             mixed = interpolate((before | added) & ~removed, before, step / (len(within) + 1))
             added, removed = mixed & ~before, before & ~mixed
             if not (added.any() or removed.any()):
