@@ -132,9 +132,9 @@ class Models:
 
 
 # Chosen by a grid over six rules on five expert-labelled objects (sarcoma in CT and MR, brain tumour, both
-# parts of a hippocampus), one drawn box each, and quoted on these same objects, so optimistic. Mean 3D Dice of
-# `box` without a range: 0.42 where only an empty slice ends it; with one rule more at its best: IoU 0.45, growth
-# 0.43, score 0.43, swell and contrast 0.42, drift 0.47; no mix was better. With the true range: 0.51.
+# parts of a hippocampus), one drawn box each, and quoted on these same objects, so optimistic. Mean 3D Dice
+# of `box` without a range: 0.42 where only an empty slice ends it; with one rule more at its best: IoU 0.45,
+# growth 0.43, score 0.43, swell and contrast 0.42, drift 0.47; no mix was better. With the true range: 0.51.
 BOX_STOPS = Stops(iou=0.4, drift=2.0)
 # The same grid for `mask`, walked at most four slices beyond the object, which flatters rules that stop late:
 # 0.47 empty slices only, 0.57 drift alone, 0.59 these. This lead over `box` did NOT hold on ten objects that
