@@ -12,8 +12,9 @@ from typer.core import TyperCommand
 from medseg.cli.signals import mortal
 
 if TYPE_CHECKING:
-    from medseg.prompt.batch import CaseRow, Networks, Options
+    from medseg.prompt.batch import CaseRow
     from medseg.prompt.entries import ObjectEntry, Request
+    from medseg.prompt.results import Networks, Options
     from medseg.prompt.session import PromptSession
 
 # Panels of the help.
@@ -241,7 +242,7 @@ def prompt(
     given = {name: context.params.get(name) or [] for name in ORDERED}
     said = gather(context.meta.get(_ORDER, []), given)
     with mortal():  # torch comes with it
-        from medseg.prompt.batch import Options
+        from medseg.prompt.results import Options
     networks = _networks(weights or [], session)
     if volume.suffix.lower() in _FILES:
         _refuse_beside_file(context.params)
@@ -387,7 +388,7 @@ class Work:
         """Refuse what leads to nothing, before anything is read."""
         from medseg.errors import ConfigError
         from medseg.files import check_writable
-        from medseg.prompt.batch import check_output
+        from medseg.prompt.results import check_output
 
         silent = [each.name for each in said if not each.prompts]
         if everything and (self.folder is not None or len(silent) < len(said)):
@@ -410,8 +411,8 @@ class Work:
 
     def run(self, entries: "Sequence[ObjectEntry]", networks: "Networks", dry_run: bool, json: bool) -> None:
         """Open the image, point, and write what came out."""
-        from medseg.prompt.batch import open_image, point
         from medseg.prompt.entries import prepare
+        from medseg.prompt.results import open_image, point
 
         with open_image(self.volume, self.options, self.folder, networks) as session:
             if self.overrides and self.options.config is None:
@@ -432,8 +433,8 @@ class Work:
 
     def run_everything(self, said: Sequence[Said], networks: "Networks", json: bool) -> None:
         """Segment everything, and write it."""
-        from medseg.prompt.batch import find_everything
         from medseg.prompt.entries import parse_numbers
+        from medseg.prompt.found import find_everything
 
         settings = said[0] if said else Said("")
         ends = None if settings.range is None else parse_numbers(settings.range, "--z-range", 2)
@@ -474,7 +475,7 @@ class Work:
 
     def write(self, session: "PromptSession") -> list[dict[str, Any]]:
         """Write what was asked for; return what is known of the objects."""
-        from medseg.prompt.batch import describe, write_result
+        from medseg.prompt.results import describe, write_result
         from medseg.prompt.sheet import write_sheet
 
         rows = describe(session) if self.out is None else write_result(session, self.name, self.out)
@@ -504,7 +505,7 @@ class Work:
 
     def files(self, models: Sequence[Mapping[str, str]]) -> Iterator[str]:
         """Yield a line for each file, and what the licences of the weights are."""
-        from medseg.prompt.batch import report_path
+        from medseg.prompt.results import report_path
 
         if self.out is not None:
             yield f"{self.out}: label map; names and provenance in {report_path(self.out).name}"
@@ -629,7 +630,7 @@ def _networks(weights: Sequence[str], folder: Path | None) -> "Networks":
     """Return the networks; with a session, what they see of each slice is kept for tomorrow."""
     from medseg.assets import default_cache, get_asset
     from medseg.errors import ConfigError
-    from medseg.prompt.batch import Networks
+    from medseg.prompt.results import Networks
 
     given = {}
     for text in weights:

@@ -8,8 +8,8 @@ import numpy as np
 
 from medseg.geometry.orient import to_ras
 from medseg.metrics.overlap import mask_of
-from medseg.prompt.batch import write_result
 from medseg.prompt.cases import world_box
+from medseg.prompt.results import write_result
 from medseg.prompt.session import PromptSession
 from medseg.prompt.sheet import write_sheet
 from medseg.prompt.simulate import BOX_JITTER, cut_pair, draw_prompt
@@ -17,7 +17,7 @@ from medseg.types import BoolArray
 from medseg.volume import Volume
 
 if TYPE_CHECKING:
-    from medseg.prompt.batch import Networks
+    from medseg.prompt.results import Networks
     from medseg.prompt.workbench import Propagate
 
 _AXIAL = 2

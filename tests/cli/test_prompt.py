@@ -342,7 +342,7 @@ def test_voxels_that_are_not_numbers_are_counted_and_taken_for_the_darkest() -> 
     array = np.random.default_rng(0).normal(40, 5, SHAPE).astype(np.float32)
     array[0, 0, :5] = np.nan
     image(array=array)
-    from medseg.prompt.batch import Options, open_image
+    from medseg.prompt.results import Options, open_image
 
     with open_image("image.nii.gz", Options()) as session:
         assert np.isfinite(session.scene.array).all()

@@ -12,7 +12,9 @@ from medseg.errors import Cancelled, ConfigError
 from medseg.io import read, write
 from medseg.log import Listener, listening
 from medseg.prompt.automatic import Everything, FoundObject
-from medseg.prompt.batch import Found, load_prompts, name_of, prompt_cases, report_path
+from medseg.prompt.batch import load_prompts, name_of, prompt_cases
+from medseg.prompt.found import Found
+from medseg.prompt.results import report_path
 from medseg.prompt.scene import Scene
 from tests.phantoms import GEOMETRIES, noise
 from tests.prompt.fakes import fake_propagate
