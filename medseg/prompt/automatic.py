@@ -78,8 +78,9 @@ class AutomaticConfig(Config):
         Part of an object that is not behind smaller ones; else it is left out.
     asset : str, optional
         Network that answers clicks; by default the one of the models.
-    size : int, optional
-        Side of its input; by default that of the models.
+    size : int
+        Side of its input. At 512 pixels MobileSAM answers single clicks on a CT with squares: best Dice with
+        13 organs on a slice 0.10, at 768 and at 1024 0.40.
     """
 
     points: int = Field(16, ge=1, le=128)
@@ -100,7 +101,7 @@ class AutomaticConfig(Config):
     least_slices: int = Field(2, ge=1)
     least_visible: float = Field(0.3, ge=0, le=1)
     asset: str | None = None
-    size: int | None = Field(None, ge=32)
+    size: int = Field(768, ge=32)
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ def ask_clicks(models: "Models", config: AutomaticConfig) -> Ask:
     from medseg.prompt.segmenter import SliceSegmenter
 
     name = config.asset or models.clicks
-    segmenter = models.segmenter(name, config.size or models.click_size)
+    segmenter = models.segmenter(name, config.size)
     if not isinstance(segmenter, SliceSegmenter) or "point" not in segmenter.model.spec.understands:
         raise ConfigError(f"{name}: does not understand clicks. Use mobile-sam or a SAM for everything.")
 
@@ -305,11 +306,7 @@ def ask_clicks(models: "Models", config: AutomaticConfig) -> Ask:
         frame, embedding = segmenter.frame(area), segmenter.embed(axis, index, area)
         points = torch.as_tensor(frame.points(clicks - np.array(area[:2])), dtype=torch.float32)
         signs = torch.ones(len(points), 1)
-        narrow = segmenter.autocast
-        with (
-            torch.no_grad(),
-            torch.autocast(segmenter.device.type, narrow or torch.bfloat16, enabled=narrow is not None),
-        ):
+        with torch.no_grad():  # in fp32: in bf16 positions are lost, and masks become squares
             low, scores = segmenter.model.decode(
                 embedding,
                 points=points[:, None].to(segmenter.device),
@@ -317,7 +314,7 @@ def ask_clicks(models: "Models", config: AutomaticConfig) -> Ask:
                 multimask=True,
             )
         good = scores >= least
-        return frame.logits(low[good].float().cpu()), scores[good].float().cpu().numpy()
+        return frame.logits(low[good].cpu()), scores[good].cpu().numpy()
 
     return ask
 

@@ -255,7 +255,7 @@ def test_what_cannot_be_meant_is_refused(
 def test_a_network_of_boxes_is_refused() -> None:
     scene = scene_of(bodies())
     models = Models(scene)
-    models.ready["lite-medsam", 512] = SliceSegmenter(build_sam("lite-medsam"), scene, size=256)
+    models.ready["lite-medsam", 768] = SliceSegmenter(build_sam("lite-medsam"), scene, size=256)
     with pytest.raises(ConfigError, match="does not understand clicks"):
         segment_everything(models, AutomaticConfig(asset="lite-medsam"))
 
@@ -278,10 +278,10 @@ def test_mobile_sam_finds_the_objects_of_a_phantom(mobile_sam_path: Path) -> Non
     image[(i - 70) ** 2 + (j - 55) ** 2 < 250] = 200
     image += np.random.default_rng(0).normal(0, 4, image.shape).astype(np.float32)
     models = Models(scene_of(image), given={"mobile-sam": mobile_sam_path})
-    config = AutomaticConfig(points=6, size=512, least_slices=1)
+    config = AutomaticConfig(points=5)
     labels, objects = segment_everything(models, config, slices=[1])
     disc = (i[..., 1] - 70) ** 2 + (j[..., 1] - 55) ** 2 < 250
     label = labels[70, 55, 1]
     found = labels[..., 1] == label
-    assert label and 2 * (found & disc).sum() / (found.sum() + disc.sum()) > 0.9
+    assert label and 2 * (found & disc).sum() / (found.sum() + disc.sum()) > 0.95
     assert 1 <= len(objects) < 10 and all(each.iou >= config.least_iou for each in objects)
