@@ -6,10 +6,12 @@ with 5 million parameters, its class head replaced by SAM's neck (Zhang et al., 
 """
 
 import copy
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from torch.nn import functional as F
 
 # Of the 5M variant (TinyViT, table 6), by stage; the first stage convolves and has neither heads nor windows.
@@ -243,9 +245,10 @@ class TinyViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sides of the image are multiples of `stride`."""
-        # The stem stays in fp32 under autocast: grey levels in bf16 cost LiteMedSAM 0.003 of Dice, and keeping
-        # them 8 % of its time (mean of nine slices of sarcoma and brain tumour).
-        with torch.autocast(x.device.type, enabled=False):
+        # The stem stays in fp32 under autocast: grey levels in bf16 cost LiteMedSAM 0.003 of Dice, and these
+        # cost it 8 % of its time (mean of nine slices of sarcoma and brain tumour).
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext():
             x = self.patch_embed(x.float().contiguous(memory_format=torch.channels_last))
         for stage in self.layers:
             x = stage(x)
