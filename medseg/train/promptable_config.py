@@ -36,7 +36,7 @@ class StartConfig(Config):
     box : float
         With a jittered box.
     click : float
-        With one click, which the network answers by three masks; the best one is trained.
+        With one click, which the network answers by one mask or by three, of which the best one is trained.
     neighbour : float
         With the box around the object on the next slice and its mask there, as objects are followed.
     """

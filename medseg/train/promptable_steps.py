@@ -124,20 +124,22 @@ def answer(
     """Let a user point and click, and return the last answer, with gradients.
 
     Answers before it only make clicks. So the network sees every stage of a correction, at the cost of one.
+    One click alone is answered by one mask or, half of the times, by three: both are in use.
     """
     prompts = first_prompts(batch.samples, config, generator)
     rounds = int(generator.integers(1, config.clicks + 1)) if config.clicks else 0
     rounds = rounds if generator.random() < config.click_share else 0
+    three = generator.random() < 0.5
     for _ in range(rounds):
         with torch.no_grad():
-            low, scores = decode(model, _detached(batch), prompts, _is_ambiguous(prompts))
+            low, scores = decode(model, _detached(batch), prompts, three and _is_ambiguous(prompts))
         chosen = low[torch.arange(len(low)), scores.argmax(1)].cpu()
         logits = [frame.logits(each[None])[0] for frame, each in zip(batch.frames, chosen, strict=True)]
         prompts = [
             _with_click(replace(each, mask=mask), sample, mask > 0, config, generator)
             for each, mask, sample in zip(prompts, logits, batch.samples, strict=True)
         ]
-    return decode(model, batch, prompts, _is_ambiguous(prompts))
+    return decode(model, batch, prompts, three and _is_ambiguous(prompts))
 
 
 def _detached(batch: Batch) -> Batch:
@@ -145,7 +147,7 @@ def _detached(batch: Batch) -> Batch:
 
 
 def _is_ambiguous(prompts: Sequence[SlicePrompts]) -> bool:
-    """Return whether it is one click alone; then three masks are asked for, as in use."""
+    """Return whether it is one click alone."""
     first = prompts[0]
     return len(first.points) == 1 and first.box is None and first.mask is None
 
