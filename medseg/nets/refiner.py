@@ -7,13 +7,21 @@ shapes with random contrast (`medseg.train.refiner`), so it follows edges and te
 
 from collections.abc import Sequence
 
+import numpy as np
+import SimpleITK
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
+
+from medseg.types import BoolArray, FloatArray
 
 # Voxels of the cube along each axis: three halvings must divide it.
 GRID = 40
 # What the network is shown, in this order; each in about -1..1, 0 = not known.
-CHANNELS = ("image", "likeness", "slice mask", "box", "clicks", "previous mask")
+CHANNELS = ("image", "likeness", "slice mask", "box", "clicks", "previous mask", "flood")
+
+# How far the flood goes along the slices, in sides of the box: most objects are about as long as wide.
+REACH = 0.8
 
 
 class _Block(nn.Sequential):
@@ -51,7 +59,7 @@ class Refiner(nn.Module):
         self.head = nn.Conv3d(self.widths[0], 1, 1)
 
     def forward(self, shown: Tensor) -> Tensor:
-        """Return logits (n, 1, a, b, c) of what is shown, (n, 6, a, b, c); sizes divisible by 8."""
+        """Return logits (n, 1, a, b, c) of what is shown, (n, 7, a, b, c); sizes divisible by 8."""
         skips = []
         for block in self.down:
             shown = block(shown)
@@ -63,8 +71,15 @@ class Refiner(nn.Module):
         return logits
 
 
-def show(image: Tensor, slice_mask: Tensor, box: Tensor, clicks: Tensor, previous: Tensor) -> Tensor:
-    """Build what the network is shown of one cube: (6, a, b, c) float32, in the order of `CHANNELS`.
+def show(
+    image: Tensor,
+    slice_mask: Tensor,
+    box: Tensor,
+    clicks: Tensor,
+    previous: Tensor,
+    reach: float | None = REACH,
+) -> Tensor:
+    """Build what the network is shown of one cube: (7, a, b, c) float32, in the order of `CHANNELS`.
 
     Parameters
     ----------
@@ -73,6 +88,8 @@ def show(image: Tensor, slice_mask: Tensor, box: Tensor, clicks: Tensor, previou
     slice_mask, box, clicks, previous : (a, b, c) float32
         +1 where the object is known to be, -1 where it is known not to be, 0 where nothing is known. The
         slice mask and the box are known on the prompted slices only.
+    reach : float, optional
+        How far along the slices the flood may go, in sides of the box; None: no flood is shown.
     """
     spread = image.std() + 1e-6
     normal = ((image - image.mean()) / spread).clamp(-5, 5) / 2
@@ -86,7 +103,74 @@ def show(image: Tensor, slice_mask: Tensor, box: Tensor, clicks: Tensor, previou
         # The spread of the object itself, but never so small that noise looks like another tissue.
         wide = 1.5 * (values - middle).abs().median() + 0.15 * spread
         likeness = ((image - middle) / wide).clamp(-6, 6) / 3
-    return torch.stack((normal, likeness, slice_mask, box, clicks, previous))
+    flooded = torch.zeros_like(normal)
+    if reach is not None:
+        flooded = flood(normal, likeness, slice_mask, box, clicks, previous, reach)
+    return torch.stack((normal, likeness, slice_mask, box, clicks, previous, flooded))
+
+
+def flood(
+    image: Tensor,
+    likeness: Tensor,
+    slice_mask: Tensor,
+    box: Tensor,
+    clicks: Tensor,
+    previous: Tensor,
+    reach: float = REACH,
+) -> Tensor:
+    """Return what a marker watershed makes of a cube: +1 inside, -1 outside, 0 where nothing is marked.
+
+    Water rises from what is surely the object and from what surely is not, and meets on edges of the image.
+    """
+    inside, outside = _markers(
+        likeness.numpy(), *(each.numpy() for each in (slice_mask, box, clicks, previous)), reach
+    )
+    if not inside.any() or not outside.any():
+        return torch.zeros_like(image)
+    height = ndimage.gaussian_gradient_magnitude(image.numpy(), 0.7)
+    seeds = np.where(inside, 1, np.where(outside, 2, 0)).astype(np.uint8)
+    met = SimpleITK.MorphologicalWatershedFromMarkers(
+        SimpleITK.GetImageFromArray(height), SimpleITK.GetImageFromArray(seeds), markWatershedLine=False
+    )
+    return torch.from_numpy(np.where(SimpleITK.GetArrayFromImage(met) == 1, 1, -1).astype(np.float32))
+
+
+def _markers(
+    likeness: FloatArray,
+    slice_mask: FloatArray,
+    box: FloatArray,
+    clicks: FloatArray,
+    previous: FloatArray,
+    reach: float,
+) -> tuple[BoolArray, BoolArray]:
+    """Return the voxels that surely are the object's, and those that surely are not."""
+    cross = ndimage.generate_binary_structure(3, 1)
+    flat = cross.copy()
+    flat[:, :, [0, 2]] = False
+    inside = ndimage.binary_erosion(slice_mask > 0, flat)
+    if not inside.any():
+        inside = slice_mask > 0
+    outside = (slice_mask < 0) & ~ndimage.binary_dilation(slice_mask > 0, flat)
+    if not previous.any():
+        outside |= _beyond(box, reach)
+    outside |= (np.abs(likeness) > 1.5) & ~ndimage.binary_dilation(inside, cross)
+    inside |= ndimage.binary_erosion(previous > 0, cross, iterations=2)
+    outside |= ndimage.binary_erosion(previous < 0, cross, iterations=3, border_value=1)
+    inside = (inside & (clicks >= 0)) | (clicks > 0)
+    return inside, (outside & (clicks <= 0)) | (clicks < 0)
+
+
+def _beyond(box: FloatArray, reach: float) -> BoolArray:
+    """Return what lies well beyond the box, in its slice's rows and columns, or along the slices."""
+    held = np.argwhere(box > 0)
+    if not len(held):
+        return np.zeros(box.shape, dtype=bool)
+    low, high = held.min(axis=0), held.max(axis=0)
+    side = (high - low)[:2].max() + 1
+    beyond = np.ones(box.shape, dtype=bool)
+    margin = (max(2, round(0.25 * side)),) * 2 + (round(min(GRID, reach * side)),)
+    beyond[tuple(slice(max(0, a - m), b + m + 1) for a, b, m in zip(low, high, margin, strict=True))] = False
+    return beyond
 
 
 def channels_last(network: Refiner) -> Refiner:

@@ -18,16 +18,18 @@ from medseg.prompt.slicewise import (
     propagate_points,
 )
 from medseg.prompt.target import Propagation, Target
+from medseg.prompt.volumetric import VolumeConfig, propagate_volume
 
 # Each function takes settings of the type beside it.
 PROPAGATORS: dict[str, tuple[type[Config], Callable[[Models, Target, Any], Propagation]]] = {
+    "volume": (VolumeConfig, propagate_volume),
     "box": (BoxConfig, propagate_box),
     "mask": (MaskConfig, propagate_mask),
     "points": (PointsConfig, propagate_points),
     "memory": (MemoryConfig, propagate_memory),
     "consensus": (ConsensusConfig, propagate_consensus),
 }
-DEFAULT = "box"
+DEFAULT = "volume"
 
 
 def propagate(

@@ -22,7 +22,7 @@ from medseg.config import Config
 from medseg.errors import BundleError
 from medseg.infer.runtime import choose_runtime
 from medseg.log import Task, task
-from medseg.nets.refiner import GRID, Refiner, ball, channels_last, show
+from medseg.nets.refiner import GRID, REACH, Refiner, ball, channels_last, show
 from medseg.prompt.cleanup import CleanConfig, clean
 from medseg.prompt.lattice import SURE, Canvas, Lattice, cube_image, paint, sample
 from medseg.prompt.rasterise import SliceBox, anchors, evidence, mask_box, nearest
@@ -34,6 +34,11 @@ from medseg.prompt.target import Propagation, Target
 from medseg.prompt.travel import union
 from medseg.types import BoolArray, FloatArray, IntArray
 
+# A long object needs a flood without bounds, a round one a bounded flood, and where both leak none is best:
+# each look is the mean of the three (`medseg.nets.refiner.show`, reach).
+FLOODS = (None, REACH, float("inf"))
+# Axes of a look (1, 2: in the slice; 3: across) that are flipped, and the looks averaged.
+_FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2), (3,), (1, 3), (2, 3), (1, 2, 3))
 WEIGHTS = Path(__file__).parent.parent / "nets" / "refiner.safetensors"
 
 
@@ -54,18 +59,28 @@ class VolumeConfig(Config):
         Farthest that the object goes from its prompted slice, in cubes of the first zoom.
     field : Zoom
         The crop of a slice that SAM is shown.
+    size : int
+        Side of SAM's input, for that crop.
+    mirror : bool
+        Average each look over flips: eight times the work of the network.
     ask_again : bool
         Show SAM the slice of a corrective click too.
     """
 
-    zoom: float = Field(16.0, gt=4, le=GRID)
-    closer: float = Field(2.0, ge=1)
+    zoom: float = Field(19.0, gt=4, le=GRID)
+    closer: float = Field(1.0, ge=1)
     finest: float = Field(0.5, gt=0)
     looks: int = Field(60, ge=1)
     reach: float = Field(5.0, ge=1)
     field: Zoom = Zoom()
+    size: int = Field(512, ge=64)
+    mirror: bool = False
     ask_again: bool = True
     clean: CleanConfig = CleanConfig()
+
+
+# What keeps this part of its area three quarters of the way to its end has not ended (a ball: 0.44).
+TAPERED = 0.7
 
 
 @lru_cache(maxsize=2)
@@ -136,6 +151,7 @@ class Search:
     network: Refiner
     steps: Task
     most: int
+    mirror: bool = False
     cubes: list[IntArray] = field(default_factory=list)
 
     @property
@@ -149,13 +165,17 @@ class Search:
         `anew` puts the answer in place of what the canvas had, towards the middle of the cube.
         """
         start: IntArray = np.rint(np.asarray(middle) - (GRID - 1) / 2).astype(int)
-        before = self.canvas.previous(start)
-        shown = show(cube_image(self.scene, self.lattice, start), *self._prompts(start), before)
+        shown = self._shown(start, self.canvas.previous(start))
         put = self.canvas.replace if anew else self.canvas.add
-        put(start, run(self.network, shown), _tent())
+        put(start, run(self.network, shown, self.mirror), _tent())
         self.cubes.append(start)
         self.steps.advance()
         return start
+
+    def _shown(self, start: IntArray, before: Tensor) -> Tensor:
+        """Return what the network is shown of the cube at `start`, once for each flood."""
+        image, prompts = cube_image(self.scene, self.lattice, start), self._prompts(start)
+        return torch.stack([show(image, *prompts, before, reach) for reach in FLOODS])
 
     def _prompts(self, start: IntArray) -> tuple[Tensor, Tensor, Tensor]:
         marks, box, clicks = torch.zeros(3, GRID, GRID, GRID)
@@ -215,14 +235,70 @@ class Search:
         corner = np.array([part.start for part in mine]) + self.canvas.start
         for axis in range(3):
             for end in (False, True):
-                rim = np.take(
-                    mask, range(max(0, mask.shape[axis] - 4), mask.shape[axis]) if end else range(4), axis
-                )
+                count = mask.shape[axis]
+                depth = range(max(0, count - 4), count) if end else range(min(4, count))
+                rim = np.take(mask, depth, axis)
                 area = int(rim.sum())
                 if area >= 8:
                     middle = np.argwhere(rim).mean(axis=0) + corner
                     middle[axis] = start[axis] + (GRID if end else 0)
                     yield area, middle
+
+    def walk(self, from_: Known, forward: bool) -> None:
+        """Go on along the slices while the object is cut off rather than ending: from slice to slice.
+
+        Where the object is still about as large three quarters of the way to its last slice as where it was
+        known, it does not taper off, and the network only saw too little. That slice is the next known one.
+        """
+        while self.looks < self.most:
+            found = self._cut_end(from_, forward)
+            if found is None:
+                return
+            from_ = found
+            self.known = (*self.known, from_)
+            self._look_beyond(from_, forward)
+
+    def _cut_end(self, known: Known, forward: bool) -> Known | None:
+        """Return the slice to go on from, or None where the object ends."""
+        logits = self.canvas.logits()
+        areas = (logits > 0).sum(axis=(0, 1))
+        at = round(self._plane(known.index)) - int(self.canvas.start[2])
+        here = areas[min(max(at, 0), len(areas) - 1)]
+        reach = np.flatnonzero(areas[at:] if forward else areas[at::-1])
+        last = int(reach[-1]) if len(reach) else 0
+        plane = at + round(0.75 * last) * (1 if forward else -1)
+        end = at + last * (1 if forward else -1)
+        if last < 4 or not 3 <= end < len(areas) - 3 or areas[plane] < TAPERED * here:
+            return None
+        return self._known_at(logits, plane)
+
+    def _known_at(self, logits: FloatArray, plane: int) -> Known | None:
+        """Return the mask of a plane of the canvas as a known slice of the scene."""
+        axis = self.lattice.axes[2]
+        place = (plane + int(self.canvas.start[2])) * self.lattice.steps[2] + self.lattice.origin[axis]
+        index = round(float(place))
+        region = paint(self.scene, self.lattice, self.canvas)
+        mask = region.plane(axis, index) if 0 <= index < self.scene.shape[axis] else None
+        if mask is None or not mask.any() or any(each.index == index for each in self.known):
+            return None
+        return Known(index, mask_box(mask), mask)
+
+    def _plane(self, index: int) -> float:
+        axis = self.lattice.axes[2]
+        return float((index - self.lattice.origin[axis]) / self.lattice.steps[2])
+
+    def _look_beyond(self, known: Known, forward: bool) -> None:
+        """Look from a slice on as if nothing were known beyond it."""
+        middle = self.lattice.to_lattice(_voxel(self.lattice.axes[2], known))
+        start = np.rint(middle - (GRID - 1) / 2).astype(int)
+        plane = round(middle[2]) - start[2]
+        beyond = slice(plane + 1, None) if forward else slice(0, plane)
+        weights = np.zeros_like(_tent())
+        weights[:, :, beyond] = np.minimum(1, 4 * _tent()[:, :, beyond])
+        shown = self._shown(start, torch.zeros(GRID, GRID, GRID))
+        self.canvas.replace(start, run(self.network, shown, self.mirror), weights)
+        self.cubes.append(start)
+        self.steps.advance()
 
     def examine(self) -> None:
         """Look at the whole surface of what the canvas has, cube by cube."""
@@ -251,20 +327,27 @@ def _eroded(mask: BoolArray) -> BoolArray:
     return kept
 
 
-def run(network: Refiner, shown: Tensor) -> FloatArray:
-    """Return the logits of one cube, (GRID, GRID, GRID)."""
+def run(network: Refiner, shown: Tensor, mirror: bool = False) -> FloatArray:
+    """Return the mean logits, (GRID, GRID, GRID), of what was shown, (n, 7, GRID, GRID, GRID).
+
+    `mirror` averages over flips of the three axes too.
+    """
+    flips = _FLIPS if mirror else _FLIPS[:1]
+    batch = torch.cat([shown.flip([a + 1 for a in axes]) if axes else shown for axes in flips])
     autocast = choose_runtime("cpu", "auto").autocast
     with (
         torch.no_grad(),
         torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),
     ):
-        logits = network(shown[None].contiguous(memory_format=torch.channels_last_3d))[0, 0]
-    return np.asarray(logits.float().numpy())
+        found = network(batch.contiguous(memory_format=torch.channels_last_3d))[:, 0].float()
+    each = found.chunk(len(flips))
+    turned = [part.flip(axes) if axes else part for part, axes in zip(each, flips, strict=True)]
+    return np.asarray(torch.cat(turned).mean(0).numpy())
 
 
 def propagate_volume(models: Models, target: Target, config: VolumeConfig) -> Propagation:
     """Find the object of a target in 3D, or correct it where its newest clicks are."""
-    given = anchors(models.scene, target)
+    given = {index: _steady(asked) for index, asked in anchors(models.scene, target).items()}
     with task("looks") as steps:
         if target.previous is not None and target.previous.voxels:
             return _correct(models, target, config, given, steps)
@@ -278,6 +361,20 @@ def propagate_volume(models: Models, target: Target, config: VolumeConfig) -> Pr
                 Region.empty(models.scene.shape), {}, ("Nothing was found on the prompted slices.",)
             )
         return _find(models, target, config, known, steps)
+
+
+def _steady(asked: SlicePrompts) -> SlicePrompts:
+    """Round away what the order of a volume's axes leaves in the last digits of positions."""
+    if asked.box is None:
+        return replace(asked, points=np.round(asked.points, 4))
+    first, left, end, right = (round(float(edge), 4) for edge in asked.box)
+    return replace(asked, points=np.round(asked.points, 4), box=(first, left, end, right))
+
+
+def _clicks(scene: Scene, target: Target) -> tuple[FloatArray, BoolArray]:
+    """Return clicks and scribbles as voxels of the scene, and their signs."""
+    found = evidence(scene, target)
+    return np.round(found.points, 4), found.positive
 
 
 def _ask(
@@ -298,7 +395,7 @@ def _ask(
         [asked.box] if asked.box is not None else [_around(point) for point in asked.points[asked.positive]]
     )
     crop = crop_around(boxes, shape, config.field)
-    mask = models.click_segmenter.predict(axis, index, asked, crop).mask(shape)
+    mask = models.segmenter(models.clicks, config.size).predict(axis, index, asked, crop).mask(shape)
     if not mask.any():
         return None if asked.box is None else Known(index, asked.box)
     return Known(index, asked.box or mask_box(mask), mask)
@@ -314,15 +411,17 @@ def _find(
     models: Models, target: Target, config: VolumeConfig, known: Sequence[Known], steps: Task
 ) -> Propagation:
     scene, axis = models.scene, target.axis
-    clicks = evidence(scene, target)
+    points, positive = _clicks(scene, target)
     widest = max(known, key=lambda each: _side(scene, axis, each.box))
     step = max(_side(scene, axis, widest.box) / config.zoom, config.finest * min(scene.spacing))
     lattice = Lattice.around(scene, axis, _voxel(axis, widest), step)
     canvas = _canvas(lattice, scene, config.reach)
     search = Search(
-        scene, lattice, canvas, known, clicks.points, clicks.positive, load_refiner(), steps, config.looks
+        scene, lattice, canvas, known, points, positive, load_refiner(), steps, config.looks, config.mirror
     )
     search.follow(search.look(np.zeros(3)))
+    for forward in (True, False):
+        search.walk(widest, forward)
     for each in known:
         middle = lattice.to_lattice(_voxel(axis, each))
         if not search.seen(middle):
@@ -376,7 +475,7 @@ def _closer(search: Search, config: VolumeConfig) -> Search:
 
 def _finish(search: Search, target: Target, config: VolumeConfig, notes: tuple[str, ...]) -> Propagation:
     region = paint(search.scene, search.lattice, search.canvas)
-    region = clean(region, target, _held(search, target), config.clean)
+    region = _obeying(clean(region, target, _held(search, target), config.clean), search)
     return Propagation(region, _confidence(search, region, target.axis), notes)
 
 
@@ -424,14 +523,14 @@ def _correct(
         for index, asked in given.items()
         if (each := _recall(models, axis, index, asked, previous, config, index in fresh))
     ]
-    clicks = evidence(scene, target)
-    places = _places(axis, known, evidence(scene, newest).points, fresh)
+    points, positive = _clicks(scene, target)
+    places = _places(axis, known, _clicks(scene, newest)[0], fresh)
     side = max([_side(scene, axis, each.box) for each in known] or [_reach(scene, axis, previous)])
     step = max(side / (config.zoom * config.closer), config.finest * min(scene.spacing))
     lattice = Lattice.around(scene, axis, places[0], step)
     canvas = _recalled(lattice, previous, places)
     search = Search(
-        scene, lattice, canvas, known, clicks.points, clicks.positive, load_refiner(), steps, config.looks
+        scene, lattice, canvas, known, points, positive, load_refiner(), steps, config.looks, config.mirror
     )
     for place in places:
         search.look(lattice.to_lattice(place), anew=True)
@@ -503,8 +602,8 @@ def _patch(search: Search, target: Target, config: VolumeConfig) -> Propagation:
     drawn = paint(search.scene, search.lattice, search.canvas)
     kept = _without(previous, seen)
     region = union(kept, _within(drawn, seen))
-    region = _obeying(region, search)
-    region = clean(region, target, union(kept, _held(search, target)), config.clean)
+    region = clean(_obeying(region, search), target, union(kept, _held(search, target)), config.clean)
+    region = _obeying(region, search)  # filling holes may undo a click
     return Propagation(region, _confidence(search, region, target.axis), ())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -49,6 +49,8 @@ class Recipe(Config):
         Share of samples drawn from them; the rest comes from synthetic label maps.
     label_maps : int
         How many synthetic label maps are drawn.
+    start : str, optional
+        Weights to begin from; channels that they do not know begin at zero.
     steps, batch, learning_rate, weight_decay, click_share, seed
         As usual; `click_share` of the samples are corrected by clicks on the network's own mistakes.
     """
@@ -62,22 +64,24 @@ class Recipe(Config):
     weight_decay: float = 0.01
     click_share: float = 0.5
     seed: int = 0
+    start: str | None = None
     workers: int = 1
 
 
-class _Stream(IterableDataset[Sample]):
-    """An endless stream of samples; every worker draws its own."""
+class _Stream(IterableDataset[tuple[Sample, Tensor]]):
+    """An endless stream of samples and what is shown of them; every worker draws its own."""
 
     def __init__(self, real: list[Source], synthetic: list[Source], share: float, seed: int) -> None:
         self.real, self.synthetic, self.share, self.seed = real, synthetic, share, seed
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[tuple[Sample, Tensor]]:
         info = torch.utils.data.get_worker_info()
         torch.set_num_threads(1)
         rng = np.random.default_rng((self.seed, 0 if info is None else info.id))
         while True:
             pool = self.real if self.real and rng.random() < self.share else self.synthetic
-            yield draw_sample(pool, rng)
+            sample = draw_sample(pool, rng)
+            yield sample, shown(sample)
 
 
 def load_sources(recipe: Recipe, data: Path) -> tuple[list[Source], list[Source]]:
@@ -110,10 +114,11 @@ def loss_of(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _inputs(
-    network: Refiner, samples: list[Sample], recipe: Recipe, rng: np.random.Generator
+    network: Refiner, drawn: list[tuple[Sample, Tensor]], recipe: Recipe, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return what is shown and the answers; part of the samples is shown again with clicks."""
-    shows = torch.stack([shown(sample) for sample in samples])
+    samples = [sample for sample, _ in drawn]
+    shows = torch.stack([given for _, given in drawn])
     chosen = [n for n in range(len(samples)) if rng.random() < recipe.click_share]
     if chosen:
         with torch.no_grad():
@@ -132,6 +137,19 @@ def _forward(network: Refiner, shows: Tensor) -> Tensor:
     return logits.float()
 
 
+def _begin(recipe: Recipe) -> Refiner:
+    """Return the network to train, new or with the weights of an earlier one."""
+    network = Refiner()
+    if recipe.start is not None:
+        weights = {name: value.float() for name, value in load_file(recipe.start).items()}
+        first = "down.0.0.weight"
+        known = weights[first]
+        weights[first] = torch.zeros_like(network.state_dict()[first])
+        weights[first][:, : known.shape[1]] = known
+        network.load_state_dict(weights)
+    return network
+
+
 @dataclass(eq=False)
 class _Training:
     """What changes in training, and is saved."""
@@ -145,7 +163,7 @@ class _Training:
     @classmethod
     def of(cls, recipe: Recipe) -> "_Training":
         torch.manual_seed(recipe.seed)
-        network = channels_last(Refiner())
+        network = channels_last(_begin(recipe))
         ema = get_ema_multi_avg_fn(0.999)  # type: ignore[no-untyped-call]
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -202,13 +220,17 @@ def train(recipe: Recipe, data: PathLike, out: PathLike) -> Path:
     # A stream that was stopped does not begin again with the samples that it has shown.
     stream = _Stream(*load_sources(recipe, Path(data)), recipe.scan_share, recipe.seed + 1000 * training.step)
     loader = DataLoader(
-        stream, batch_size=recipe.batch, num_workers=recipe.workers, collate_fn=list, prefetch_factor=4
+        stream,
+        batch_size=recipe.batch,
+        num_workers=recipe.workers,
+        collate_fn=list,
+        prefetch_factor=4 if recipe.workers else None,
     )
     losses: list[float] = []
     saved_at = time.monotonic()
     with task("steps", recipe.steps - training.step) as running:
-        for samples in loader:
-            losses.append(training.update(*_inputs(training.network, samples, recipe, rng)))
+        for drawn in loader:
+            losses.append(training.update(*_inputs(training.network, drawn, recipe, rng)))
             running.advance(note=f"loss {np.mean(losses[-100:]):.3f}")
             done = training.step >= recipe.steps
             if done or time.monotonic() - saved_at > 60:

@@ -27,6 +27,8 @@ CLOSER_ZOOM = (10.0, 37.0)
 SMALLEST = 24
 # How often a lesion is put into a real image instead of taking an object that its label map has.
 LESIONS = 0.3
+# Objects that stand out less than this (`_contrast`) teach to guess; only a few are kept.
+FAINT = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +89,17 @@ class Sample:
     target: Tensor
 
 
+def _contrast(sample: Sample) -> float:
+    """Return how far the object and what surrounds it lie apart, in units of their own spread."""
+    inside = sample.target.numpy()
+    around = ndimage.binary_dilation(inside, iterations=2) & ~inside
+    image = sample.image.numpy()
+    if not around.any():
+        return 0.0
+    a, b = image[inside], image[around]
+    return float(abs(a.mean() - b.mean()) / (0.5 * (a.std() + b.std()) + 1e-6))
+
+
 def draw_sample(sources: Sequence[Source], rng: np.random.Generator) -> Sample:
     """Draw a sample; the slices of the cube run along its last axis."""
     while True:
@@ -96,7 +109,7 @@ def draw_sample(sources: Sequence[Source], rng: np.random.Generator) -> Sample:
             sample = _draw_lesion(source, rng)
         else:
             sample = _draw(source, int(rng.choice(usable)) + 1, rng) if usable.size else None
-        if sample is not None:
+        if sample is not None and (_contrast(sample) > FAINT or rng.random() < 0.15):
             return sample
 
 
@@ -310,7 +323,7 @@ def _degrade(image: Tensor, rng: np.random.Generator) -> Tensor:
         image = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), float(rng.uniform(0.3, 1.2))))
     if rng.random() < 0.6:
         noise = torch.from_numpy(rng.standard_normal(image.shape).astype(np.float32))
-        image = image + noise * float(rng.uniform(0, 0.12))
+        image = image + noise * float(rng.uniform(0, 0.1))
     return image
 
 

@@ -139,7 +139,7 @@ def test_an_unknown_name_and_the_settings_of_another_are_refused() -> None:
     scene = scene_of(tube(SHAPE, 4, 15))
     models, _ = models_of(scene)
     target = Target((click(scene, 24, 22, 9),), 2)
-    with pytest.raises(ConfigError, match="Use one of box, mask"):
+    with pytest.raises(ConfigError, match="Use one of volume, box"):
         propagate(models, target, "bocks")
     with pytest.raises(ConfigError, match="BoxConfig, not a MaskConfig"):
         propagate(models, target, "box", MaskConfig())
