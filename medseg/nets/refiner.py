@@ -122,9 +122,8 @@ def flood(
 
     Water rises from what is surely the object and from what surely is not, and meets on edges of the image.
     """
-    inside, outside = _markers(
-        likeness.numpy(), *(each.numpy() for each in (slice_mask, box, clicks, previous)), reach
-    )
+    marks = [each.numpy() for each in (slice_mask, box, clicks, previous)]
+    inside, outside = _markers(likeness.numpy(), marks[0], marks[1], marks[2], marks[3], reach)
     if not inside.any() or not outside.any():
         return torch.zeros_like(image)
     height = ndimage.gaussian_gradient_magnitude(image.numpy(), 0.7)

@@ -104,4 +104,5 @@ def _curve(shape: tuple[int, ...], rng: np.random.Generator) -> IntArray:
     at = np.linspace(0, len(knots) - 1, 400)
     curve = np.stack([np.interp(at, range(len(knots)), knots[:, axis]) for axis in range(3)], 1)
     smooth = ndimage.gaussian_filter1d(curve, 25, axis=0, mode="nearest")
-    return np.clip(np.rint(smooth), 0, np.array(shape) - 1).astype(np.int64)
+    voxels: IntArray = np.clip(np.rint(smooth), 0, np.array(shape) - 1).astype(np.int64)
+    return voxels
