@@ -2,8 +2,8 @@
 
 What a box or a click means on its slice is SAM's answer. In 3D, the refiner (`medseg.nets.refiner`) is shown
 cubes of the image at a zoom that the object's own size sets: first around the prompt, then wherever the
-object leaves the cubes seen so far; last come closer looks at its surface. A correction is a look at the
-click and no more: what lies beyond its cube stays as it was.
+object leaves the cubes seen so far. A correction is a look at the click and no more: what lies beyond its
+cube stays as it was.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +25,7 @@ from medseg.log import Task, task
 from medseg.nets.refiner import GRID, REACH, Refiner, ball, channels_last, show
 from medseg.prompt.cleanup import CleanConfig, clean
 from medseg.prompt.lattice import SURE, Canvas, Lattice, cube_image, paint, sample
+from medseg.prompt.overlap import subtract
 from medseg.prompt.rasterise import SliceBox, anchors, evidence, mask_box, nearest
 from medseg.prompt.regions import Region
 from medseg.prompt.scene import Scene, plane_size
@@ -37,8 +38,6 @@ from medseg.types import BoolArray, FloatArray, IntArray
 # A long object needs a flood without bounds, a round one a bounded flood, and where both leak none is best:
 # each look is the mean of the three (`medseg.nets.refiner.show`, reach).
 FLOODS = (None, REACH, float("inf"))
-# Axes of a look (1, 2: in the slice; 3: across) that are flipped, and the looks averaged.
-_FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2), (3,), (1, 3), (2, 3), (1, 2, 3))
 WEIGHTS = Path(__file__).parent.parent / "nets" / "refiner.safetensors"
 
 
@@ -49,8 +48,6 @@ class VolumeConfig(Config):
     ----------
     zoom : float
         Voxels of the cube (of 40) that the longer side of the object takes at the first look.
-    closer : float
-        How much larger the object is at the closer looks; 1: none.
     finest : float
         Smallest voxel of the cube, as a part of the image's smallest.
     looks : int
@@ -61,20 +58,16 @@ class VolumeConfig(Config):
         The crop of a slice that SAM is shown.
     size : int
         Side of SAM's input, for that crop.
-    mirror : bool
-        Average each look over flips: eight times the work of the network.
     ask_again : bool
         Show SAM the slice of a corrective click too.
     """
 
     zoom: float = Field(19.0, gt=4, le=GRID)
-    closer: float = Field(1.0, ge=1)
     finest: float = Field(0.5, gt=0)
     looks: int = Field(60, ge=1)
     reach: float = Field(5.0, ge=1)
     field: Zoom = Zoom()
     size: int = Field(512, ge=64)
-    mirror: bool = False
     ask_again: bool = True
     clean: CleanConfig = CleanConfig()
 
@@ -151,7 +144,6 @@ class Search:
     network: Refiner
     steps: Task
     most: int
-    mirror: bool = False
     cubes: list[IntArray] = field(default_factory=list)
 
     @property
@@ -167,7 +159,7 @@ class Search:
         start: IntArray = np.rint(np.asarray(middle) - (GRID - 1) / 2).astype(int)
         shown = self._shown(start, self.canvas.previous(start))
         put = self.canvas.replace if anew else self.canvas.add
-        put(start, run(self.network, shown, self.mirror), _tent())
+        put(start, run(self.network, shown), _tent())
         self.cubes.append(start)
         self.steps.advance()
         return start
@@ -296,53 +288,20 @@ class Search:
         weights = np.zeros_like(_tent())
         weights[:, :, beyond] = np.minimum(1, 4 * _tent()[:, :, beyond])
         shown = self._shown(start, torch.zeros(GRID, GRID, GRID))
-        self.canvas.replace(start, run(self.network, shown, self.mirror), weights)
+        self.canvas.replace(start, run(self.network, shown), weights)
         self.cubes.append(start)
         self.steps.advance()
 
-    def examine(self) -> None:
-        """Look at the whole surface of what the canvas has, cube by cube."""
-        logits = self.canvas.logits()
-        inside = logits > 0
-        surface = inside & ~_eroded(inside)
-        stride = round(0.55 * GRID)
-        hits = np.argwhere(surface)
-        while len(hits) and self.looks < self.most:
-            # The cube that holds the first voxel left, centred on the surface voxels around it.
-            near = hits[(np.abs(hits - hits[0]) < stride).all(axis=1)]
-            middle = near.mean(axis=0)
-            self.look(middle + self.canvas.start, anew=True)
-            left = (np.abs(hits - middle) > stride / 2).any(axis=1)
-            left[0] = False
-            hits = hits[left]
 
-
-def _eroded(mask: BoolArray) -> BoolArray:
-    """Return the voxels all of whose six neighbours are in the mask."""
-    kept = mask.copy()
-    for axis in range(3):
-        along, source = np.moveaxis(kept, axis, 0), np.moveaxis(mask, axis, 0)
-        along[1:] &= source[:-1]
-        along[:-1] &= source[1:]
-    return kept
-
-
-def run(network: Refiner, shown: Tensor, mirror: bool = False) -> FloatArray:
-    """Return the mean logits, (GRID, GRID, GRID), of what was shown, (n, 7, GRID, GRID, GRID).
-
-    `mirror` averages over flips of the three axes too.
-    """
-    flips = _FLIPS if mirror else _FLIPS[:1]
-    batch = torch.cat([shown.flip([a + 1 for a in axes]) if axes else shown for axes in flips])
+def run(network: Refiner, shown: Tensor) -> FloatArray:
+    """Return the mean logits, (GRID, GRID, GRID), of what was shown, (n, 7, GRID, GRID, GRID)."""
     autocast = choose_runtime("cpu", "auto").autocast
     with (
         torch.no_grad(),
         torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),
     ):
-        found = network(batch.contiguous(memory_format=torch.channels_last_3d))[:, 0].float()
-    each = found.chunk(len(flips))
-    turned = [part.flip(axes) if axes else part for part, axes in zip(each, flips, strict=True)]
-    return np.asarray(torch.cat(turned).mean(0).numpy())
+        found = network(shown.contiguous(memory_format=torch.channels_last_3d))[:, 0].float()
+    return np.asarray(found.mean(0).numpy())
 
 
 def propagate_volume(models: Models, target: Target, config: VolumeConfig) -> Propagation:
@@ -416,9 +375,7 @@ def _find(
     step = max(_side(scene, axis, widest.box) / config.zoom, config.finest * min(scene.spacing))
     lattice = Lattice.around(scene, axis, _voxel(axis, widest), step)
     canvas = _canvas(lattice, scene, config.reach)
-    search = Search(
-        scene, lattice, canvas, known, points, positive, load_refiner(), steps, config.looks, config.mirror
-    )
+    search = Search(scene, lattice, canvas, known, points, positive, load_refiner(), steps, config.looks)
     search.follow(search.look(np.zeros(3)))
     for forward in (True, False):
         search.walk(widest, forward)
@@ -427,7 +384,6 @@ def _find(
         if not search.seen(middle):
             search.follow(search.look(middle))
     notes = () if search.looks < config.looks else ("The object goes on: the most cubes were looked at.",)
-    search = _closer(search, config)
     return _finish(search, target, config, notes)
 
 
@@ -445,32 +401,6 @@ def _canvas(lattice: Lattice, scene: Scene, reach: float) -> Canvas:
     low, high = lattice.extent(scene.shape)
     most = int(reach * GRID)
     return Canvas.over(np.clip(low, -most, 0), np.clip(high, 0, most))
-
-
-def _closer(search: Search, config: VolumeConfig) -> Search:
-    """Look again at the surface, with a finer lattice, if the image has more to show."""
-    scene, lattice = search.scene, search.lattice
-    step = float(lattice.steps[0] * scene.spacing[lattice.axes[0]])
-    finer = max(step / config.closer, config.finest * min(scene.spacing))
-    logits = search.canvas.logits()
-    hits = np.argwhere(logits > 0)
-    if step / finer < 1.2 or not len(hits):
-        return search
-    ends = np.array([hits.min(axis=0), hits.max(axis=0)]) + search.canvas.start
-    fine = replace(lattice, steps=lattice.steps * (finer / step))
-    span = ends * (step / finer)
-    low, high = fine.extent(scene.shape)
-    canvas = Canvas.over(
-        np.maximum(low, np.floor(span[0]).astype(int) - GRID // 2),
-        np.minimum(high, np.ceil(span[1]).astype(int) + GRID // 2),
-    )
-    first = canvas.start * (finer / step) - search.canvas.start
-    shape = canvas.total.shape
-    coarse = sample(logits, first, np.full(3, finer / step), (shape[0], shape[1], shape[2]))
-    canvas.total[:], canvas.weight[:] = coarse.numpy(), 1
-    found = replace(search, lattice=fine, canvas=canvas, cubes=[])
-    found.examine()
-    return found
 
 
 def _finish(search: Search, target: Target, config: VolumeConfig, notes: tuple[str, ...]) -> Propagation:
@@ -526,12 +456,10 @@ def _correct(
     points, positive = _clicks(scene, target)
     places = _places(axis, known, _clicks(scene, newest)[0], fresh)
     side = max([_side(scene, axis, each.box) for each in known] or [_reach(scene, axis, previous)])
-    step = max(side / (config.zoom * config.closer), config.finest * min(scene.spacing))
+    step = max(side / config.zoom, config.finest * min(scene.spacing))
     lattice = Lattice.around(scene, axis, places[0], step)
     canvas = _recalled(lattice, previous, places)
-    search = Search(
-        scene, lattice, canvas, known, points, positive, load_refiner(), steps, config.looks, config.mirror
-    )
+    search = Search(scene, lattice, canvas, known, points, positive, load_refiner(), steps, config.looks)
     for place in places:
         search.look(lattice.to_lattice(place), anew=True)
     return _patch(search, target, config)
@@ -600,7 +528,7 @@ def _patch(search: Search, target: Target, config: VolumeConfig) -> Propagation:
     previous = target.previous
     seen = _cubes(search)
     drawn = paint(search.scene, search.lattice, search.canvas)
-    kept = _without(previous, seen)
+    kept = subtract(previous, seen)
     region = union(kept, _within(drawn, seen))
     region = clean(_obeying(region, search), target, union(kept, _held(search, target)), config.clean)
     region = _obeying(region, search)  # filling holes may undo a click
@@ -624,10 +552,6 @@ def _within(region: Region, other: Region) -> Region:
     return Region.at(region.array & other.window(region.start, region.stop), region.start, region.shape)
 
 
-def _without(region: Region, other: Region) -> Region:
-    return Region.at(region.array & ~other.window(region.start, region.stop), region.start, region.shape)
-
-
 def _obeying(region: Region, search: Search) -> Region:
     """Return the region with the clicks that it does not obey painted in, as small balls."""
     radius = 1.5 * search.lattice.steps.max()
@@ -636,7 +560,7 @@ def _obeying(region: Region, search: Search) -> Region:
         stop = (start[0] + 1, start[1] + 1, start[2] + 1)
         if bool(region.window(start, stop)[0, 0, 0]) != bool(positive):
             dot = _dot(search.scene, point, radius * min(search.scene.spacing))
-            region = union(region, dot) if positive else _without(region, dot)
+            region = union(region, dot) if positive else subtract(region, dot)
     return region
 
 
