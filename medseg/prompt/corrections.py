@@ -58,9 +58,10 @@ def _recall(
 ) -> Known | None:
     """Return what is known of a prompted slice: what was drawn there, or, after new prompts, SAM's answer."""
     before = previous.plane(axis, index)
-    box = asked.box or (mask_box(before) if before.any() else None)
     if not fresh:
-        return Known(index, box, before) if box is not None and before.any() else None
+        # A slice that was only clicked on is as doubtful as any other after a further click.
+        return Known(index, asked.box, before) if asked.box is not None and before.any() else None
+    box = asked.box or (mask_box(before) if before.any() else None)
     if box is None or not config.ask_again:
         return None
     return ask(models, axis, index, replace(asked, box=widened(box, asked.points[asked.positive])), config)
@@ -88,8 +89,8 @@ def _reach(scene: Scene, axis: int, region: Region) -> float:
 def _recalled(lattice: Lattice, previous: Region, places: Sequence[FloatArray]) -> Canvas:
     """Return a canvas that covers all cubes around `places`, filled with the mask so far."""
     middles = lattice.to_lattice(np.array(places))
-    low = np.floor(middles.min(axis=0)).astype(int) - GRID
-    high = np.ceil(middles.max(axis=0)).astype(int) + GRID
+    low = np.floor(middles.min(axis=0)).astype(int) - GRID // 2 - 1
+    high = np.ceil(middles.max(axis=0)).astype(int) + GRID // 2 + 1
     canvas = Canvas.over(low, high)
     ends = np.sort(lattice.to_scene(np.array([low, high], float)), axis=0)
     start, stop = np.floor(ends[0]).astype(int) - 1, np.ceil(ends[1]).astype(int) + 2
@@ -97,10 +98,9 @@ def _recalled(lattice: Lattice, previous: Region, places: Sequence[FloatArray]) 
     axes = list(lattice.axes)
     first = (lattice.to_scene(low.astype(float)) - start)[axes]
     shape = canvas.total.shape
-    found = sample(
-        np.where(mask, 4, -4).transpose(axes), first, lattice.steps, (shape[0], shape[1], shape[2])
-    )
-    canvas.total[:], canvas.weight[:] = found.numpy(), 1
+    inside = mask.transpose(axes).astype(np.float32)
+    found = sample(inside, first, lattice.steps, (shape[0], shape[1], shape[2]))
+    canvas.total[:], canvas.weight[:] = 8 * found.numpy() - 4, 1
     return canvas
 
 
