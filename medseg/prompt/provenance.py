@@ -38,7 +38,7 @@ def models_at_work(models: Any) -> Iterator[dict[str, str]]:
     from medseg.nets.sam_bundle import hash_card, is_tuned, read_card
 
     given: Mapping[str, PathLike] = getattr(models, "given", {})
-    for name in sorted({asset for asset, _ in getattr(models, "ready", {})}):
+    for name in sorted(getattr(models, "used", ())):
         path = given.get(name)
         if path is not None and is_tuned(path):
             card = read_card(path)

@@ -25,20 +25,21 @@ from medseg.log import Task, task
 from medseg.nets.refiner import GRID, REACH, Refiner, ball, channels_last, show
 from medseg.prompt.cleanup import CleanConfig, clean
 from medseg.prompt.lattice import SURE, Canvas, Lattice, cube_image, paint, sample
-from medseg.prompt.overlap import subtract
+from medseg.prompt.overlap import subtract, union
 from medseg.prompt.rasterise import SliceBox, anchors, evidence, mask_box, nearest
 from medseg.prompt.regions import Region
 from medseg.prompt.scene import Scene, plane_size
 from medseg.prompt.segmenter import SlicePrompts
 from medseg.prompt.slicewise import Models, Zoom, crop_around, widened
 from medseg.prompt.target import Propagation, Target
-from medseg.prompt.travel import union
 from medseg.types import BoolArray, FloatArray, IntArray
 
 # A long object needs a flood without bounds, a round one a bounded flood, and where both leak none is best:
 # each look is the mean of the three (`medseg.nets.refiner.show`, reach).
 FLOODS = (None, REACH, float("inf"))
 WEIGHTS = Path(__file__).parent.parent / "nets" / "refiner.safetensors"
+# Side of the input of published weights of SAM, for the crop of a slice.
+SIZE = 512
 
 
 class VolumeConfig(Config):
@@ -56,8 +57,8 @@ class VolumeConfig(Config):
         Farthest that the object goes from its prompted slice, in cubes of the first zoom.
     field : Zoom
         The crop of a slice that SAM is shown.
-    size : int
-        Side of SAM's input, for that crop.
+    size : int, optional
+        Side of SAM's input, for that crop. None: that of its fine-tuning, or 512.
     ask_again : bool
         Show SAM the slice of a corrective click too.
     """
@@ -67,7 +68,7 @@ class VolumeConfig(Config):
     looks: int = Field(60, ge=1)
     reach: float = Field(5.0, ge=1)
     field: Zoom = Zoom()
-    size: int = Field(512, ge=64)
+    size: int | None = Field(None, ge=64)
     ask_again: bool = True
     clean: CleanConfig = CleanConfig()
 
@@ -354,7 +355,8 @@ def _ask(
         [asked.box] if asked.box is not None else [_around(point) for point in asked.points[asked.positive]]
     )
     crop = crop_around(boxes, shape, config.field)
-    mask = models.segmenter(models.clicks, config.size).predict(axis, index, asked, crop).mask(shape)
+    segmenter = models.segmenter(models.clicks, config.size, SIZE)
+    mask = segmenter.predict(axis, index, asked, crop).mask(shape)
     if not mask.any():
         return None if asked.box is None else Known(index, asked.box)
     return Known(index, asked.box or mask_box(mask), mask)
