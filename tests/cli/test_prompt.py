@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from medseg.cli import app
-from medseg.cli.prompt import gather
+from medseg.cli.prompt_words import gather
 from medseg.config import Config
 from medseg.errors import MedsegError
 from medseg.io import read, write
