@@ -83,7 +83,8 @@ def print_plan(session: PromptSession, requests: Sequence[Request]) -> None:
     for request in requests:
         axis = "" if request.axis is None else f", {PLANES[request.axis]} slices"
         reach = "" if request.limits is None else f" {request.limits[0]} to {request.limits[1]}"
-        typer.echo(f"{request.name}: {len(request.prompts)} prompts{axis}{reach}")
+        count = len(request.prompts)
+        typer.echo(f"{request.name}: {count} prompt{'s' if count != 1 else ''}{axis}{reach}")
         for each in request.prompts:
             values = each.to_dict()
             numbers = {k: v for k, v in values.items() if k.endswith("_mm")}

@@ -24,9 +24,9 @@ from pydantic import Field, model_validator
 
 from medseg import log
 from medseg.config import read_mapping
-from medseg.errors import Cancelled, ConfigError, MedsegError, ResourceError
+from medseg.errors import Cancelled, ConfigError, DataError, MedsegError, ResourceError
 from medseg.files import check_writable, is_disk_full, write_text
-from medseg.io.formats import stem_of
+from medseg.io.formats import stem_of, suffix_of
 from medseg.prompt.entries import ObjectEntry, parse_objects, prepare, split_value
 from medseg.prompt.results import (
     Networks,
@@ -38,6 +38,7 @@ from medseg.prompt.results import (
     write_result,
 )
 from medseg.prompt.resume import find_finished, find_origin, seal
+from medseg.prompt.session import PromptSession
 from medseg.prompt.sheet import write_sheet
 from medseg.types import PathLike
 
@@ -195,6 +196,8 @@ class _Work:
 
     def check(self) -> None:
         """Refuse a folder that cannot be written, or in which a result would replace what is read."""
+        if suffix_of(self.out) and not self.out.is_dir():
+            raise ConfigError(f"{self.out}: is the name of one file, and there are many. Give a folder.")
         check_writable(self.out, folder=True)
         read = {self.source.resolve()}
         for case in self.file.cases:
@@ -231,6 +234,7 @@ class _Work:
         check_output(image, target)
         with open_image(image, options, networks=self.networks, propagate=self.propagate) as session:
             point(session, prepare(session, case.objects, options.coordinates, self.source.parent))
+            _refuse_shared(session)
             rows = write_result(session, case.image, target)
             if self.file.sheets:
                 write_sheet(session, self.sheet(case), name_of(case))
@@ -261,6 +265,15 @@ class _Work:
 
     def all_files(self, case: PromptCase) -> tuple[Path, ...]:
         return (*self.files(case), report_path(self.target(case)))
+
+
+def _refuse_shared(session: PromptSession) -> None:
+    """Refuse voxels that two objects share: in a batch there is nobody to ask."""
+    for shared in session.conflicts():
+        raise DataError(
+            f"objects {shared.first!r} and {shared.second!r} share {shared.voxels} voxels, and overlap: ask "
+            "has nobody to ask in a batch. Use overwrite (the later object has them) or keep (the earlier)."
+        )
 
 
 def _reason(case: PromptCase, error: Exception) -> str:
