@@ -93,7 +93,7 @@ def find_finished(
 def _resolved(options: Options, own: bool) -> dict[str, Any]:
     """Return all settings of a case: what is not said is as it is by default."""
     from medseg.prompt import DEFAULT
-    from medseg.prompt.volumetric import WEIGHTS
+    from medseg.prompt.looks import WEIGHTS
 
     rest = ("coordinates", "channel")
     said = {

@@ -14,6 +14,7 @@ from medseg.nets.sam_bundle import Card, save_tuned
 from medseg.prompt import propagate
 from medseg.prompt.automatic import AutomaticConfig, ask_clicks
 from medseg.prompt.frame import Frame, resize_area
+from medseg.prompt.known import VolumeConfig
 from medseg.prompt.segmenter import SlicePrompts
 from medseg.prompt.slicewise import (
     BoxConfig,
@@ -28,7 +29,6 @@ from medseg.prompt.slicewise import (
 )
 from medseg.prompt.target import Target
 from medseg.prompt.travel import Seen
-from medseg.prompt.volumetric import VolumeConfig
 from tests.prompt.bright import box_of, click, models_of, scene_of, tube
 
 SHAPE = (48, 44, 20)
