@@ -11,14 +11,13 @@ from medseg.prompt.cleanup import clean
 from medseg.prompt.known import Known, VolumeConfig, ask, clicked, side_mm, voxel_of
 from medseg.prompt.lattice import Canvas, Lattice, paint, sample
 from medseg.prompt.looks import Search, confidence, held, load_refiner, obeying
-from medseg.prompt.overlap import subtract
+from medseg.prompt.overlap import subtract, union
 from medseg.prompt.rasterise import anchors, mask_box
 from medseg.prompt.regions import Region
 from medseg.prompt.scene import Scene
 from medseg.prompt.segmenter import SlicePrompts
 from medseg.prompt.slicewise import Models, widened
 from medseg.prompt.target import Propagation, Target
-from medseg.prompt.travel import union
 from medseg.types import FloatArray
 
 

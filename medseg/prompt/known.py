@@ -15,6 +15,9 @@ from medseg.prompt.slicewise import Models, Zoom, crop_around
 from medseg.prompt.target import Target
 from medseg.types import BoolArray, FloatArray
 
+# Side of the input of published weights of SAM, for the crop of a slice.
+SIZE = 512
+
 
 class VolumeConfig(Config):
     """Settings of the ``volume`` propagator.
@@ -31,8 +34,8 @@ class VolumeConfig(Config):
         Farthest that the object goes from its prompted slice, in cubes of the first zoom.
     field : Zoom
         The crop of a slice that SAM is shown.
-    size : int
-        Side of SAM's input, for that crop.
+    size : int, optional
+        Side of SAM's input, for that crop. None: that of its fine-tuning, or 512.
     ask_again : bool
         Show SAM the slice of a corrective click too.
     """
@@ -42,7 +45,7 @@ class VolumeConfig(Config):
     looks: int = Field(60, ge=1)
     reach: float = Field(5.0, ge=1)
     field: Zoom = Zoom()
-    size: int = Field(512, ge=64)
+    size: int | None = Field(None, ge=64)
     ask_again: bool = True
     clean: CleanConfig = CleanConfig()
 
@@ -89,7 +92,8 @@ def ask(
         [asked.box] if asked.box is not None else [_around(point) for point in asked.points[asked.positive]]
     )
     crop = crop_around(boxes, shape, config.field)
-    mask = models.segmenter(models.clicks, config.size).predict(axis, index, asked, crop).mask(shape)
+    segmenter = models.segmenter(models.clicks, config.size, SIZE)
+    mask = segmenter.predict(axis, index, asked, crop).mask(shape)
     if not mask.any():
         return None if asked.box is None else Known(index, asked.box)
     return Known(index, asked.box or mask_box(mask), mask)

@@ -17,12 +17,11 @@ from medseg.log import Task
 from medseg.nets.refiner import GRID, Refiner, ball, channels_last, show
 from medseg.prompt.known import Known, voxel_of
 from medseg.prompt.lattice import SURE, Canvas, Lattice, cube_image, paint, sample
-from medseg.prompt.overlap import subtract
+from medseg.prompt.overlap import subtract, union
 from medseg.prompt.rasterise import mask_box, nearest
 from medseg.prompt.regions import Region
 from medseg.prompt.scene import Scene
 from medseg.prompt.target import Target
-from medseg.prompt.travel import union
 from medseg.types import BoolArray, FloatArray, IntArray
 
 WEIGHTS = Path(__file__).parent.parent / "nets" / "refiner.safetensors"
