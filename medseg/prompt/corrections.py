@@ -35,7 +35,8 @@ def correct(
         if (each := _recall(models, axis, index, asked, previous, config, index in fresh))
     ]
     points, positive = clicked(scene, target)
-    places = _places(axis, known, clicked(scene, newest)[0], fresh)
+    new, signs = clicked(scene, newest)
+    places = _places(axis, known, new, fresh)
     side = max([side_mm(scene, axis, each.box) for each in known] or [_reach(scene, axis, previous)])
     step = max(side / config.zoom, config.finest * min(scene.spacing))
     lattice = Lattice.around(scene, axis, places[0], step)
@@ -43,7 +44,7 @@ def correct(
     search = Search(scene, lattice, canvas, known, points, positive, load_refiner(), steps, config.looks)
     for place in places:
         search.look(lattice.to_lattice(place), anew=True)
-    return _patch(search, target, config)
+    return _patch(search, target, config, {bool(sign) for sign in signs})
 
 
 def _recall(
@@ -103,14 +104,21 @@ def _recalled(lattice: Lattice, previous: Region, places: Sequence[FloatArray]) 
     return canvas
 
 
-def _patch(search: Search, target: Target, config: VolumeConfig) -> Propagation:
-    """Put what was seen anew in place of what the mask had there."""
+def _patch(search: Search, target: Target, config: VolumeConfig, signs: set[bool]) -> Propagation:
+    """Put what was seen anew in place of what the mask had there.
+
+    Who clicks on what is missing takes the rest as right: nothing is removed. And the other way round.
+    """
     assert target.previous is not None
     previous = target.previous
     seen = _cubes(search)
     drawn = paint(search.scene, search.lattice, search.canvas)
-    kept = subtract(previous, seen)
-    region = union(kept, _within(drawn, seen))
+    region = union(subtract(previous, seen), _within(drawn, seen))
+    if signs == {True}:
+        region = union(region, previous)
+    elif signs == {False}:
+        region = _within(region, previous)
+    kept = subtract(region, seen)
     region = clean(obeying(region, search), target, union(kept, held(search, target)), config.clean)
     region = obeying(region, search)  # filling holes may undo a click
     return Propagation(region, confidence(search, region, target.axis), ())

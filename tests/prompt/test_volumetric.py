@@ -58,7 +58,7 @@ def test_what_leaves_the_first_cube_is_followed() -> None:
     box = box_of(
         scene, (rows[0] - 1, columns[0] - 1, index), (rows[-1] + 2, columns[-1] + 2, index + 1), "axial"
     )
-    assert dice(find(scene, Target((box,), 2)).region.full(), mask) > 0.6
+    assert dice(find(scene, Target((box,), 2)).region.full(), mask) > 0.85
 
 
 def test_thick_slices_across_any_axis_do_no_harm() -> None:
@@ -93,6 +93,17 @@ def test_a_correction_obeys_its_click_and_leaves_what_is_far_as_it_was() -> None
     assert found[30, 30, 31]
     assert dice(found[:60], mask[:60]) > dice(first.full()[:60], mask[:60])
     assert (found[80:] == first.full()[80:]).all()
+
+
+def test_a_click_only_adds_or_only_removes() -> None:
+    mask = ellipsoid(SHAPE, (30, 30, 20), (12, 9, 13))
+    scene = noisy_scene(mask)
+    odd = mask | ellipsoid(SHAPE, (44, 30, 20), (5, 5, 5)) ^ ellipsoid(SHAPE, (22, 30, 20), (3, 3, 3))
+    box = box_of(scene, (17, 20, 20), (44, 40, 21), "axial")
+    for prompt in (click(scene, 22, 30, 20), click(scene, 46, 30, 20, positive=False)):
+        found = find(scene, Target((box, prompt), 2, previous=Region.of(odd), fresh=1)).region.full()
+        kept = odd & ~found if prompt.positive else found & ~odd
+        assert not kept.any() and (found != odd).any()
 
 
 def test_a_click_against_the_image_is_obeyed_too() -> None:
