@@ -42,7 +42,7 @@ class CellPrecision:
 
     @property
     def pooled(self) -> FloatArray:
-        """Counts added up over images, (t,): ``accuracy`` of StarDist's ``matching_dataset``; NaN: no object."""
+        """Counts added up over images, (t,): ``accuracy`` of StarDist's ``matching_dataset``; else NaN."""
         tp, fp, fn = (counts.sum(axis=0) for counts in (self.tp, self.fp, self.fn))
         total = tp + fp + fn
         return np.where(total > 0, tp / np.maximum(total, 1), np.nan)

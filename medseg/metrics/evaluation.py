@@ -246,7 +246,7 @@ def _measure_all(
 def _measure(pair: Pair, labels: LabelSet | None, nsd_mm: float | None) -> _Measured:
     reference = load_label_map(pair.reference, pair.name)
     prediction = load_label_map(pair.prediction, pair.name)
-    _check_grids(pair.name, prediction.geometry, reference.geometry)
+    check_grids(pair.name, prediction.geometry, reference.geometry)
     truth, guess = reference.array[0], prediction.array[0]
     ignore = labels.ignore if labels else None
     table = contingency(truth, guess, ignore)
@@ -267,7 +267,14 @@ def _measure(pair: Pair, labels: LabelSet | None, nsd_mm: float | None) -> _Meas
     return _Measured(pair, reference.geometry.voxel_volume * to_mm**3 / 1000.0, table, surfaces)
 
 
-def _check_grids(name: str, prediction: Geometry, reference: Geometry) -> None:
+def check_grids(name: str, prediction: Geometry, reference: Geometry) -> None:
+    """Refuse two label maps that do not lie on one grid.
+
+    Raises
+    ------
+    GeometryError
+        They do not.
+    """
     if prediction.matches(reference):
         return
     if prediction.shape != reference.shape:

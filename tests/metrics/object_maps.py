@@ -88,7 +88,7 @@ def digest(maps: Maps) -> str:
 
 
 def panoptic_classes(labels: np.ndarray, ground: str) -> np.ndarray:
-    """Return the class of each voxel: things 1 and 2, a third of the objects void (4), background 3 or void."""
+    """Return the class of each voxel: things 1 and 2, every third object void (4), background 3 or void."""
     classes = np.where(labels % 3 == 0, 4, labels % 3)
     return np.where(labels == 0, 3 if ground == "stuff" else 4, classes)
 
