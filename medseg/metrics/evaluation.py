@@ -171,8 +171,8 @@ def evaluate(
     _check_settings(metrics, nsd_mm, resamples)
     label_set = find_labels(labels, predictions, references)
     pairing = pair_cases(predictions, references)
-    _warn_alone(pairing.predictions_alone, "predictions have no reference")
-    _warn_alone(pairing.references_alone, "references have no prediction")
+    warn_alone(pairing.predictions_alone, "predictions have no reference")
+    warn_alone(pairing.references_alone, "references have no prediction")
     measured, failures = _measure_all(pairing.pairs, label_set, metrics, nsd_mm)
     if not measured:
         first = f"{failures[0].case}: {failures[0].error}"
@@ -219,7 +219,7 @@ def _check_settings(metrics: Sequence[str], nsd_mm: float, resamples: int) -> No
         raise ConfigError(f"resamples is {resamples}: expected at least 1 (1000 or more make sense).")
 
 
-def _warn_alone(names: Sequence[str], what: str) -> None:
+def warn_alone(names: Sequence[str], what: str) -> None:
     """Say once who has no partner: measuring one fold against all labels is usual, a lost case is not."""
     if names:
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

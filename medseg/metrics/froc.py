@@ -117,7 +117,7 @@ def hits_by_distance(references: Array, predictions: Array, radii: Array) -> Int
     """
     from scipy.spatial import cKDTree
 
-    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (references, predictions))
+    a, b = (np.asarray(x, np.float64) for x in (references, predictions))
     if not (len(a) and len(b)):
         return np.zeros((0, 2), np.int64)
     if a.shape[1] != b.shape[1] or len(radii) != len(a):

@@ -22,7 +22,7 @@ from medseg.metrics.average_precision import IOU_THRESHOLDS, CellPrecision, cell
 from medseg.metrics.cell_tracking import TrackingCounts, tracking_counts
 from medseg.metrics.counting import CountAgreement, count_agreement
 from medseg.metrics.definitions import Failure
-from medseg.metrics.evaluation import check_grids
+from medseg.metrics.evaluation import check_grids, warn_alone
 from medseg.metrics.matching import EmptyPolicy, Matching, match_objects
 from medseg.metrics.mistakes import KINDS, Mistake, find_mistakes
 from medseg.metrics.overlap_table import OverlapTable, overlap_table
@@ -216,12 +216,8 @@ def evaluate_instances(
         raise ConfigError(f"resamples is {resamples}: expected at least 1 (1000 or more make sense).")
     empty = empty or EmptyPolicy()
     pairing = pair_cases(predictions, references)
-    for names, what in (
-        (pairing.predictions_alone, "predictions have no reference"),
-        (pairing.references_alone, "references have no prediction"),
-    ):
-        if names:
-            logger.warning("%d %s and are in no number: %s", len(names), what, ", ".join(names[:3]))
+    warn_alone(pairing.predictions_alone, "predictions have no reference")
+    warn_alone(pairing.references_alone, "references have no prediction")
     tables, failures = _tables(pairing.pairs)
     matches = [match_objects(table, tau) for _, table in tables]
     parts = [_Parts(table, match) for (_, table), match in zip(tables, matches, strict=True)]

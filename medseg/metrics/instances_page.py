@@ -10,11 +10,10 @@ import medseg
 from medseg.errors import MedsegError
 from medseg.geometry.orient import axis_codes
 from medseg.io import read
-from medseg.io.grids import FLAT_NOTE
 from medseg.log import logger, progress
 from medseg.metrics.instances import INSTANCE_METRICS, InstanceEvaluation, InstanceRow, load_pair
 from medseg.metrics.mistakes import KINDS, Mistake
-from medseg.metrics.pairing import find_cases
+from medseg.metrics.pairing import Source, find_cases
 from medseg.metrics.report import PALETTE, Cell, HtmlReport, Picture, curves, slice_picture
 from medseg.metrics.summary import Statistic
 from medseg.types import Array, IntArray, PathLike
@@ -23,6 +22,7 @@ from medseg.volume import Volume
 _PICTURES = 6
 # What is shown around a mistake, as a part of its extent and in voxels at least.
 _MARGIN, _MARGIN_VOXELS = 0.6, 6
+_NO_PATIENT = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp"}
 # Slices this much thicker than a pixel is wide are looked at as they were taken.
 _THICK = 1.3
 _NEIGHBOUR, _NEIGHBOUR_COLOUR = 1, "#8a94a0"
@@ -165,7 +165,9 @@ def _add_pictures(report: HtmlReport, evaluation: InstanceEvaluation, images: Ma
             reference, prediction = load_pair(pair)
             image = _image(pair.name, images, reference)
             for mistake in wanted[pair.name]:
-                png = draw_mistake(mistake, reference, prediction, image)
+                png = draw_mistake(
+                    mistake, reference, prediction, image, letters=_of_a_patient(pair.reference)
+                )
                 pictures[pair.name, mistake] = Picture(png, pair.name, _caption(mistake))
         except MedsegError as error:  # a file that vanished since it was measured costs only its pictures
             logger.warning("%s: no picture (%s)", pair.name, error)
@@ -197,7 +199,11 @@ def _caption(mistake: Mistake) -> str:
 
 
 def draw_mistake(
-    mistake: Mistake, reference: Volume, prediction: Volume, image: Array | None = None
+    mistake: Mistake,
+    reference: Volume,
+    prediction: Volume,
+    image: Array | None = None,
+    letters: bool = True,
 ) -> bytes:
     """Draw what takes part in a mistake, each in a colour of its own, among its grey neighbours.
 
@@ -206,6 +212,8 @@ def draw_mistake(
     mistake : of the two label maps
     reference, prediction : Volume, one channel, one grid
     image : (i, j, k), optional
+    letters : bool
+        Whether it is a patient, seen as a radiologist does; else columns go right and rows down, as on disk.
 
     Returns
     -------
@@ -214,6 +222,7 @@ def draw_mistake(
     """
     truth, guess = reference.array[0], prediction.array[0]
     axis, codes = _view_of(reference)
+    letters = letters and reference.geometry.unit == "mm"
     taking_part = np.isin(truth, mistake.references) & (truth != 0)
     taking_part |= np.isin(guess, mistake.predictions) & (guess != 0)
     box = _box(taking_part)
@@ -225,16 +234,21 @@ def draw_mistake(
         truth,
         guess,
         reference.spacing,
-        codes or "LPS",  # a picture is seen as it lies on disk: columns go right, rows go down
+        codes if letters else "LPS",
         axis,
         index,
         {_NEIGHBOUR: _NEIGHBOUR_COLOUR, **colours, **more},
-        letters=bool(codes),
+        letters=letters,
     )
 
 
+def _of_a_patient(source: Source) -> bool:
+    """Return whether a file may know where left and right are: TIFF and pictures do not."""
+    return not (isinstance(source, Path) and source.suffix.lower() in _NO_PATIENT)
+
+
 def _view_of(volume: Volume) -> tuple[int, str]:
-    """Return the axis that is looked along, and the letters of a patient's axes (none in microscopy)."""
+    """Return the axis that is looked along, and the letters of the axes."""
     codes, spacing = axis_codes(volume.geometry.affine), volume.spacing
     if 1 in volume.shape:
         axis = volume.shape.index(1)
@@ -242,8 +256,7 @@ def _view_of(volume: Volume) -> tuple[int, str]:
         axis = int(np.argmax(spacing))
     else:
         axis = next(a for a in range(3) if codes[a] in "SI")
-    picture = any(FLAT_NOTE in note for note in volume.notes) or volume.geometry.unit == "micron"
-    return axis, "" if picture else codes
+    return axis, codes
 
 
 def _recoloured(labels: IntArray, names: Sequence[int], offset: int) -> tuple[IntArray, dict[int, str]]:

@@ -92,7 +92,8 @@ def load_label_map(source: Source, name: str) -> Volume:
             f"{name}: values are not whole numbers, so this is no label map. Pass label maps, not "
             "images or probabilities."
         )
-    return volume.with_array(rounded.astype(np.int32))
+    wide = rounded.size and np.abs(rounded).max() > np.iinfo(np.int32).max
+    return volume.with_array(rounded.astype(np.int64 if wide else np.int32))
 
 
 def find_cases(folder: PathLike) -> dict[str, Path]:
