@@ -36,7 +36,7 @@ def evaluate_objects(
 
     if labels is not None:
         raise ConfigError("--labels names classes, and objects have none. Leave it out with --instances.")
-    result = evaluate_instances(predictions, references, iou, seed=seed)
+    result = evaluate_instances(predictions, references, tau=iou, seed=seed)
     if json == Path("-"):
         typer.echo(dump_json(result), nl=False)
     else:

@@ -24,7 +24,7 @@ from medseg.metrics.counting import CountAgreement, count_agreement
 from medseg.metrics.definitions import Failure
 from medseg.metrics.evaluation import check_grids, warn_alone
 from medseg.metrics.matching import EmptyPolicy, Matching, match_objects
-from medseg.metrics.mistakes import KINDS, Mistake, find_mistakes
+from medseg.metrics.mistakes import KINDS, Kind, Mistake, find_mistakes
 from medseg.metrics.overlap_table import OverlapTable, overlap_table
 from medseg.metrics.pairing import NamedMaps, Pair, load_label_map, pair_cases
 from medseg.metrics.panoptic import PanopticQuality, panoptic_quality
@@ -130,7 +130,7 @@ class InstanceEvaluation:
     pairs: tuple[Pair, ...] = field(repr=False)
 
     @property
-    def events(self) -> dict[str, int]:
+    def events(self) -> dict[Kind, int]:
         """How many mistakes of each kind there are in all images."""
         return {kind: sum(row.events(kind) for row in self.rows) for kind in KINDS}
 
@@ -173,6 +173,7 @@ class InstanceEvaluation:
 def evaluate_instances(
     predictions: NamedMaps,
     references: NamedMaps,
+    *,
     tau: float = 0.5,
     empty: EmptyPolicy | None = None,
     seed: int = 0,

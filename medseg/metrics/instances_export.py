@@ -55,7 +55,7 @@ def to_dict(evaluation: "InstanceEvaluation") -> dict[str, object]:
             "mean_over_images": [_plain(v) for v in evaluation.precision.mean_over_images.tolist()],
         },
         "counts": _all_plain(asdict(evaluation.counts)),
-        "mistakes": {kind: {"events": n, "what": KINDS[kind]} for kind, n in _events(evaluation)},
+        "mistakes": {kind: {"events": n, "what": KINDS[kind]} for kind, n in evaluation.events.items()},
         "images": [_image(row) for row in evaluation.rows],
         "failures": [asdict(failure) for failure in evaluation.failures],
         "predictions_without_reference": list(evaluation.predictions_alone),
@@ -82,10 +82,6 @@ def write_csv(evaluation: "InstanceEvaluation", path: PathLike) -> None:
         blank = [""] * (len(_COUNTS) + len(names) + len(KINDS))
         writer.writerow([failure.case, *blank, failure.error])
     write_text(path, stream.getvalue())
-
-
-def _events(evaluation: "InstanceEvaluation") -> list[tuple[Any, int]]:
-    return list(evaluation.events.items())
 
 
 def _image(row: "InstanceRow") -> dict[str, object]:

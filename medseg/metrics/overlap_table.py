@@ -80,13 +80,15 @@ class OverlapTable:
         """Intersection over union of every pair, (p,) float64: n / (N_a + N_b - n)."""
         a, b = self.pairs.T
         union = self.reference_voxels[a] + self.prediction_voxels[b] - self.pair_voxels
-        return self.pair_voxels / union
+        iou: FloatArray = self.pair_voxels / union
+        return iou
 
     @property
     def dice(self) -> FloatArray:
         """Dice of every pair, (p,) float64: 2 n / (N_a + N_b)."""
         a, b = self.pairs.T
-        return 2 * self.pair_voxels / (self.reference_voxels[a] + self.prediction_voxels[b])
+        dice: FloatArray = 2 * self.pair_voxels / (self.reference_voxels[a] + self.prediction_voxels[b])
+        return dice
 
     def swapped(self) -> "OverlapTable":
         """Return the table with the two sides exchanged."""
@@ -123,7 +125,7 @@ class OverlapTable:
         )
 
 
-def overlap_table(reference: Array, prediction: Array, engine: Engine = "auto") -> OverlapTable:
+def overlap_table(reference: Array, prediction: Array, *, engine: Engine = "auto") -> OverlapTable:
     """Count the voxels of all pairs of objects of two label maps.
 
     Parameters

@@ -124,7 +124,7 @@ class PanopticClasses:
         if not present:
             return PanopticMean(math.nan, math.nan, math.nan, 0)
         values = np.array([(q.pq, q.sq, q.rq) for q in present]).mean(axis=0)
-        return PanopticMean(*map(float, values), len(present))
+        return PanopticMean(float(values[0]), float(values[1]), float(values[2]), len(present))
 
 
 def panoptic_quality(
@@ -163,6 +163,7 @@ def panoptic_quality_by_class(
     table: OverlapTable,
     reference_classes: Mapping[int, str],
     prediction_classes: Mapping[int, str],
+    *,
     things: Collection[str],
     stuff: Collection[str] = (),
     background_is_void: bool = True,

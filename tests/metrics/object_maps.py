@@ -63,6 +63,7 @@ def cases() -> dict[str, Maps]:
     gaps = pair(2, (50, 50), 15, 5.0)
     spread = np.array([0, *np.random.default_rng(3).choice(3000, 400, replace=False) + 1], np.int32)
     nothing = np.zeros_like(touching[0])
+    one = np.pad(np.ones((4, 5), np.int32), ((2, 2), (2, 4)))
     full = 1 + np.arange(30)[:, None] // 5 * 6 + np.arange(36) // 6
     return {
         "touching_2d": touching,
@@ -73,7 +74,7 @@ def cases() -> dict[str, Maps]:
         "halves_2d": halves(),
         "no_background_2d": (full.astype(np.int32), np.roll(full, 1, 1).astype(np.int32)),
         "identical_2d": (touching[0], touching[0]),
-        "one_object_2d": tuple(np.pad(np.ones((4, n), np.int32), ((2, 2), (2, 9 - n))) for n in (5, 6)),
+        "one_object_2d": (one, np.pad(np.ones((4, 6), np.int32), ((2, 2), (2, 3)))),
         "reference_empty_2d": (nothing, touching[1]),
         "prediction_empty_2d": (touching[0], nothing),
         "both_empty_2d": (nothing, nothing),

@@ -35,7 +35,7 @@ def table(name: str) -> OverlapTable:
     return overlap_table(*maps()[name])
 
 
-def near(expected: float | None) -> Any:
+def near(expected: Any) -> Any:
     return pytest.approx(math.nan if expected is None else expected, rel=0, abs=1e-6, nan_ok=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from medseg.errors import ConfigError, DatasetError, PartialFailure
 from medseg.io import write
@@ -48,7 +48,7 @@ def folders(tmp_path: Path) -> list[str]:
     return [str(tmp_path / side) for side in ("p", "r")]
 
 
-def run(*arguments: str):
+def run(*arguments: str) -> Result:
     from medseg.cli import app
 
     return CliRunner().invoke(app, ["evaluate", "--instances", *arguments])
@@ -173,6 +173,15 @@ def test_a_picture_is_drawn_in_any_orientation(letters: bool) -> None:
         both = volume(labels, spacing)
         png = draw_mistake(Mistake("missed", (7,), (), 48), both, both, labels * 2.0, letters)
         assert png.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", list(INSTANCE_METRICS))
+def test_a_perfect_prediction_is_one_in_every_number_and_a_missed_one_zero(name: str) -> None:
+    reference = cases()["sparse_3d"][0]
+    perfect, missed = (evaluate_instances(volume(p), volume(reference)) for p in (reference, reference * 0))
+    assert perfect.rows[0].values[name] == perfect.means[name].mean == 1.0
+    assert missed.rows[0].values[name] == 0.0
+    assert perfect.pooled.get(name, 1.0) == 1.0 and "{" not in perfect.formula(name)
 
 
 def test_numbers_do_not_depend_on_which_image_comes_first() -> None:
