@@ -129,14 +129,17 @@ def test_float_labels_and_gaps_are_fine_and_others_fail_with_a_sentence(tmp_path
     for name, prediction in (
         ("float", np.where(good > 0, good * 1000.0, 0.0)),
         ("half", good * 0.5),
+        ("huge", good * 1e30),
+        ("wide", good * 1e10),
         ("negative", -good),
     ):
         write(volume(good), tmp_path / "r" / f"{name}.nii.gz")
         write(volume(prediction), tmp_path / "p" / f"{name}.nii.gz")
     result = evaluate_instances(tmp_path / "p", tmp_path / "r")
-    assert [row.case for row in result.rows] == ["float"] and result.pooled["pq"] == 1.0
+    assert [row.case for row in result.rows] == ["float", "wide"] and result.pooled["pq"] == 1.0
     assert {f.case: f.error.split(",")[0] for f in result.failures} == {
         "half": "values are not whole numbers",
+        "huge": "holds 6e+30",
         "negative": "the prediction holds negative labels",
     }
 

@@ -13,6 +13,7 @@ from medseg.metrics.aggregated_jaccard import aggregated_jaccard, aggregated_jac
 from medseg.metrics.average_precision import cell_average_precision
 from medseg.metrics.cell_tracking import TrackingCounts, tracking_counts
 from medseg.metrics.coco import (
+    LESION_THRESHOLDS,
     CocoPrecision,
     Detections,
     box_overlaps,
@@ -243,6 +244,31 @@ def test_average_precision_of_detections_equals_pycocotools(kind: str, most: int
     if most == 1000:
         unlimited = coco_average_precision(coco_images(kind)[0], expected["taus"])
         assert unlimited.ap.tolist() == classes["0"].ap.tolist() and unlimited.dropped == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_average_precision_of_3d_boxes_equals_monai_at_the_thresholds_of_lesions() -> None:
+    from monai.apps.detection.metrics.coco import COCOMetric
+    from monai.apps.detection.metrics.matching import matching_batch
+    from monai.data.box_utils import box_iou
+
+    rng = np.random.default_rng(7)
+    truth, guess, scores = [], [], []
+    for _ in range(6):
+        low = rng.uniform(0, 20, (9, 3))
+        truth.append(np.concatenate([low, low + rng.uniform(3, 9, (9, 3))], axis=1))
+        guess.append(np.concatenate([truth[-1] + rng.normal(0, 1, (9, 6)), truth[-1][:3] + 0.3]))
+        scores.append(rng.random(12))
+    metric = COCOMetric(
+        ["lesion"], iou_list=(0.1,), iou_range=(0.1, 0.5, 0.05), max_detection=(100,), verbose=False
+    )
+    zeros = [np.zeros(len(boxes), int) for boxes in (*guess, *truth)]
+    matched = matching_batch(box_iou, metric.iou_thresholds, guess, zeros[:6], scores, truth, zeros[6:])
+    expected = metric(matched)[0]
+    images = [detections_from_boxes(*image) for image in zip(truth, guess, scores, strict=True)]
+    measured = coco_average_precision(images, LESION_THRESHOLDS, 100)
+    assert measured.ap[0] == near(expected["AP_IoU_0.10_MaxDet_100"])
+    assert measured.mean == near(expected["mAP_IoU_0.10_0.50_0.05_MaxDet_100"])
 
 
 def test_detections_that_a_limit_drops_are_told() -> None:
