@@ -293,7 +293,7 @@ def _tables(pairs: Sequence[Pair]) -> tuple[list[tuple[Pair, OverlapTable]], tup
     if not tables:
         first = f"{failures[0].case}: {failures[0].error}"
         raise DatasetError(f"none of the {len(failures)} cases could be measured. First: {first}")
-    if all(table.n_ref <= 1 and table.n_pred <= 1 for _, table in tables):
+    if max(max(table.n_ref, table.n_pred) for _, table in tables) == 1:
         logger.warning(
             "No map holds more than one object. If these are masks of a class, number their parts first: "
             "an object is a label of its own."
