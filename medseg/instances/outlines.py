@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -79,14 +80,15 @@ def _rings(mask: BoolArray) -> list[IntArray]:
     points = np.zeros((edges + 1, 2), np.int64)
     stops = np.zeros(edges // 4 + 1, np.int64)
     count = _trace(padded, points, stops)
-    starts = np.concatenate(([0], stops[: count - 1])) if count else []
-    return [_corners(points[a:b]) - 1 for a, b in zip(starts, stops[:count], strict=True)]
+    stops_of = [0, *stops[:count].tolist()]
+    return [_corners(points[a:b]) - 1 for a, b in pairwise(stops_of)]
 
 
 def _corners(ring: IntArray) -> IntArray:
     """Leave out the points at which a ring does not turn."""
     before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
-    return ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
+    turns = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
+    return np.asarray(ring[turns])
 
 
 def _polygons(rings: list[IntArray]) -> list[Polygon]:

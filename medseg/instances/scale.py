@@ -1,11 +1,16 @@
 """Whether an image tells the size of its pixels, and what to do where it does not: ask, never guess."""
 
+import re
+
 import numpy as np
 
-from medseg.errors import GeometryError
+from medseg.errors import ConfigError, GeometryError
 from medseg.io.grids import FLAT_FACTOR, FLAT_NOTE
 from medseg.io.microscopy import UNKNOWN_SPACING_NOTE
 from medseg.volume import Geometry, Unit, Volume
+
+_NUMBER = r"\d+(?:\.\d*)?|\.\d+"
+_SPACING = re.compile(rf"((?:{_NUMBER})(?:\s*x\s*(?:{_NUMBER})){{0,2}})\s*(mm|micron|microns|um|µm|μm)")
 
 
 def knows_spacing(volume: Volume) -> bool:
@@ -29,8 +34,30 @@ def require_spacing(volume: Volume, name: str) -> Volume:
         return volume
     raise GeometryError(
         f"{name}: does not tell the size of its pixels, and medseg does not guess. How large is one? "
-        "Give it with its unit, for example 0.5 micron."
+        "Give it with its unit, for example --pixel-size '0.5 micron'."
     )
+
+
+def parse_spacing(text: str) -> tuple[tuple[float, ...], Unit]:
+    """Return lengths along i, j, k and their unit.
+
+    Raises
+    ------
+    ConfigError
+        The text is none.
+
+    Examples
+    --------
+    >>> parse_spacing("0.5 micron"), parse_spacing("0.7 x 0.7 x 3 mm")
+    (((0.5,), 'micron'), ((0.7, 0.7, 3.0), 'mm'))
+    """
+    found = _SPACING.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(
+            f"pixel size '{text}': expected lengths with a unit, such as '0.5 micron' or '0.7 x 0.7 x 3 mm'."
+        )
+    sizes = tuple(float(size) for size in re.split(r"\s*x\s*", found[1].strip()))
+    return sizes, "mm" if found[2] == "mm" else "micron"
 
 
 def with_spacing(volume: Volume, spacing: tuple[float, ...], unit: Unit) -> Volume:

@@ -160,7 +160,7 @@ def _contiguous(labels: Array) -> tuple[IntArray, IntArray]:
             f"label map holds {low}; expected 0 for background and positive numbers for objects."
         )
     if high <= max(whole.size, 1 << 20) and high <= MOST_OBJECTS:
-        present = count_voxels(whole.reshape(-1, *whole.shape[2:]).astype(np.int32, copy=False), high)[1:] > 0
+        present = count_voxels(whole[0].astype(np.int32, copy=False), high)[1:] > 0
         ids = np.flatnonzero(present) + 1
         if len(ids) == high:
             return whole.astype(np.int32, copy=False), ids

@@ -60,6 +60,14 @@ def test_parquet_has_the_types_of_the_columns(cells: Instances, tmp_path: Path) 
     assert str(back.schema.field("touches_border").type) == "bool"
 
 
+def test_json_of_a_table_is_strict(cells: Instances, tmp_path: Path) -> None:
+    table = measure_objects(cells, config=BASIC)
+    write_table(table, tmp_path / "cells.json")
+    rows = json.loads((tmp_path / "cells.json").read_text())
+    assert [row["area_um2"] for row in rows] == table["area_um2"].tolist()
+    assert {row["score"] for row in rows} == {None}
+
+
 @pytest.mark.parametrize(("package", "file"), [("pyarrow", "a.parquet"), ("zarr", "a.zarr")])
 def test_a_missing_package_is_named_with_what_to_do(
     package: str, file: str, cells: Instances, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,10 +1,13 @@
 """Objects from label maps of every kind, and what is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from medseg.errors import GeometryError, LabelError
-from medseg.instances.scale import knows_spacing, require_spacing, with_spacing
+from medseg.errors import ConfigError, GeometryError, LabelError
+from medseg.instances.read import read_instances
+from medseg.instances.scale import knows_spacing, parse_spacing, require_spacing, with_spacing
 from medseg.instances.schema import Instances, instances_of
 from medseg.types import Array
 from medseg.volume import Geometry, Volume
@@ -98,3 +101,26 @@ def test_an_image_that_does_not_tell_its_pixel_size_is_a_question(
     assert knows_spacing(read(folder / "known.ome.tif"))
     with pytest.raises(GeometryError, match="positive"):
         with_spacing(read(folder / "plain.tif"), (0.5, -1), "mm")
+
+
+@pytest.mark.parametrize("text", ["0.5", "0.5 inch", "micron", "1x2x3x4 mm", "-1 mm", "1,5 mm"])
+def test_a_pixel_size_without_length_or_unit_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"0\.5 micron"):
+        parse_spacing(text)
+
+
+def test_a_mask_is_read_as_its_parts_and_a_label_map_as_its_numbers(tmp_path: Path) -> None:
+    import tifffile
+
+    mask = np.zeros((8, 9), np.uint8)
+    mask[1:3, 1:3], mask[3, 3], mask[6, 6] = 1, 1, 1
+    tifffile.imwrite(tmp_path / "mask.tif", mask)
+    tifffile.imwrite(tmp_path / "labels.tif", mask * 4)
+    with pytest.raises(GeometryError, match="pixel-size"):
+        read_instances(tmp_path / "mask.tif")
+    assert len(read_instances(tmp_path / "mask.tif", pixel_size="0.5 micron")) == 2, "corners join"
+    assert len(read_instances(tmp_path / "labels.tif", measured=False)) == 1
+    assert len(read_instances(tmp_path / "labels.tif", "mask", "1 mm")) == 2
+    tifffile.imwrite(tmp_path / "colour.tif", np.zeros((8, 9, 3), np.uint8), photometric="rgb")
+    with pytest.raises(LabelError, match=r"colour\.tif: has 3 channels"):
+        read_instances(tmp_path / "colour.tif", measured=False)

@@ -76,7 +76,7 @@ def write_overlay(instances: Instances, image: Volume, path: PathLike, title: st
 def colours_of(count: int) -> IntArray:
     """Return (K + 1, 3) uint8: a bright colour for each object, black for background."""
     hues = np.arange(count) * _GOLDEN % 1.0
-    bright = [colorsys.hsv_to_rgb(hue, 0.55 + 0.4 * (n % 2), 1.0) for n, hue in enumerate(hues.tolist())]
+    bright = [colorsys.hsv_to_rgb(hue, 0.45 + 0.3 * (n % 2), 1.0) for n, hue in enumerate(hues.tolist())]
     return np.round(np.array([(0.0, 0.0, 0.0), *bright]) * 255).astype(np.uint8)
 
 
@@ -196,7 +196,7 @@ def _lettered(panel: IntArray, name: str, edges: tuple[str, ...]) -> IntArray:
 
     picture = Image.fromarray(panel)
     draw, side = ImageDraw.Draw(picture), panel.shape[0]
-    font = _font(15 if side == _PLANE else 12)
+    font = font_of(15 if side == _PLANE else 12)
     places = (
         (8, side // 2, "lm"),
         (side - 8, side // 2, "rm"),
@@ -216,11 +216,12 @@ def _titled(body: IntArray, title: str) -> "Image":
     sheet = np.full((body.shape[0] + _HEAD, width, 3), _GROUND, np.uint8)
     sheet[_HEAD:, : body.shape[1]] = body
     picture = Image.fromarray(sheet)
-    ImageDraw.Draw(picture).text((8, 6), title, fill=_MUTED, font=_font(15))
+    ImageDraw.Draw(picture).text((8, 6), title, fill=_MUTED, font=font_of(15))
     return picture
 
 
-def _font(size: int) -> object:
+def font_of(size: int) -> object:
+    """Return Pillow's own font, which every installation has."""
     from PIL import ImageFont
 
     return ImageFont.load_default(size)

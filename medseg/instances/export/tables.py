@@ -1,7 +1,8 @@
-"""A table as CSV or Parquet; the names of the columns carry their units."""
+"""A table as CSV, JSON or Parquet; the names of the columns carry their units."""
 
 import csv
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,15 @@ from medseg.types import PathLike
 
 
 def write_table(table: Table, path: PathLike) -> None:
-    """Write CSV, or Parquet if the name ends in ``.parquet``."""
-    write = write_parquet if Path(path).suffix.lower() == ".parquet" else write_csv
-    write(table, path)
+    """Write what the name ends in: ``.parquet``, ``.json`` (a list with an object per row), else CSV."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".json":
+        rows = [{name: _strict(value) for name, value in row.items()} for row in table.rows()]
+        write_text(path, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+    elif suffix == ".parquet":
+        write_parquet(table, path)
+    else:
+        write_csv(table, path)
 
 
 def write_csv(table: Table, path: PathLike) -> None:
@@ -53,6 +60,11 @@ def write_parquet(table: Table, path: PathLike) -> None:
     }
     with atomic_path(path) as temporary:
         pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+
+
+def _strict(value: Any) -> Any:
+    """Return what strict JSON holds: NaN and infinity are null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: Any) -> Any:
