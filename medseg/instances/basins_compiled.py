@@ -228,7 +228,7 @@ def _saddles_of_lines(
             if key != state[1]:
                 if state[0] > _LOAD * len(keys):  # a full table would be searched for ever
                     keys, found = _grown(keys, found)
-                slot = _slot(keys, key)
+                slot = _slot(keys, int(key))
                 if keys[slot] == -1:
                     keys[slot], found[slot] = key, level
                     state[0] += 1

@@ -50,14 +50,26 @@ def remove_small(
     (Dropped(rule='smaller than 1', count=1, voxels=1),)
     """
     counts = count_voxels(labels)
-    counts[0] = 0
-    small = (counts > 0) & (counts * voxel_volume < min_volume)
-    kept = np.flatnonzero((counts > 0) & ~small)
+    table, dropped = choose_large(counts, min_volume, voxel_volume)
+    kept = np.flatnonzero(table)
+    changed = dropped or len(kept) != len(table) - 1
+    result = relabel(labels, table, threads) if changed else labels.astype(np.int32, copy=False)
+    return result, kept, dropped
+
+
+def choose_large(
+    counts: IntArray, min_volume: float, voxel_volume: float
+) -> tuple[IntArray, tuple[Dropped, ...]]:
+    """Return the new number of each label, 0 for one below `min_volume` or without voxels, and what goes.
+
+    `counts` are the voxels of labels 0, 1, ...; label 0 is background.
+    """
+    present = counts > 0
+    present[0] = False
+    small = present & (counts * voxel_volume < min_volume)
+    kept = np.flatnonzero(present & ~small)
     table = np.zeros(len(counts), dtype=np.int32)
     table[kept] = np.arange(1, len(kept) + 1)
-    changed = small.any() or len(kept) != len(counts) - 1
-    result = relabel(labels, table, threads) if changed else labels.astype(np.int32, copy=False)
     if not small.any():
-        return result, kept, ()
-    rule = f"smaller than {min_volume:g}"
-    return result, kept, (Dropped(rule, int(small.sum()), int(counts[small].sum())),)
+        return table, ()
+    return table, (Dropped(f"smaller than {min_volume:g}", int(small.sum()), int(counts[small].sum())),)

@@ -279,11 +279,16 @@ def _values_at(image: Array, labels: IntArray) -> IntArray:
     return values[1:]
 
 
-def _depth(heights: Heights, config: BasinsConfig) -> float:
+def depth_of(config: BasinsConfig, spacing: Sequence[float]) -> float:
+    """Return the depth `h` for distances: the one of the settings, or 0.75 of the finest voxel size."""
     if config.h is not None or config.rel:
         return config.h or 0.0
-    if heights.distances:
-        return DEFAULT_DEPTH * min(heights.spacing)
+    return DEFAULT_DEPTH * min(spacing)
+
+
+def _depth(heights: Heights, config: BasinsConfig) -> float:
+    if heights.distances or config.h is not None or config.rel:
+        return depth_of(config, heights.spacing)
     raise ConfigError(
         "a height map has no natural depth: how deep must the valley between two objects be? "
         "Give h in the unit of the height map, or rel as a part of the lower summit (for example 0.1)."
