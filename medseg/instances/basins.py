@@ -19,6 +19,7 @@ from medseg.types import Array, FloatArray, IntArray
 sweeps = basins_compiled if COMPILED else basins_numpy
 
 _SIGN = np.int32(0x7FFFFFFF)
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +116,15 @@ def ordered(bits: IntArray) -> IntArray:
     return bits ^ ((bits >> 31) & _SIGN)
 
 
-def relabel(numbers: IntArray, table: IntArray, threads: int = 1) -> IntArray:
-    """Return ``table[numbers]`` as int32, by slabs."""
-    flat, labels = numbers.reshape(-1), np.empty(numbers.size, dtype=np.int32)
+def relabel(numbers: IntArray, table: IntArray, threads: int = 1, in_place: bool = False) -> IntArray:
+    """Return ``table[numbers]`` as int32, by slabs; in place, where the numbers are not needed any more."""
+    labels = numbers if in_place else np.empty(numbers.shape, dtype=np.int32)
+    flat, into = numbers.reshape(-1), labels.reshape(-1)
 
     def work(start: int, stop: int) -> None:
-        # "clip" writes where it should; "raise" would need a buffer
-        np.take(table, flat[start:stop], out=labels[start:stop], mode="clip")
+        for first in range(start, stop, _CHUNK):  # so few that the copy of "take" stays in the cache
+            part = slice(first, min(first + _CHUNK, stop))
+            into[part] = np.take(table, flat[part])
 
     each_slab(work, flat.size, threads)
-    return labels.reshape(numbers.shape)
+    return labels

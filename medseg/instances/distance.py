@@ -39,7 +39,7 @@ def distance_map(
     array([[0. , 0.5, 1. , 1.5]], dtype=float32)
     """
     check_spacing(spacing, mask.ndim)
-    inside = np.ascontiguousarray(mask != 0)
+    inside = np.ascontiguousarray(mask if mask.dtype == bool else mask != 0)
     sizes = tuple(float(size) for size in spacing)
     distances: FloatArray = edt.edt(inside, anisotropy=sizes, black_border=False, parallel=threads)
     most = float(np.linalg.norm(np.multiply(sizes, mask.shape))) if cap is None else cap

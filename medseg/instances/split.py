@@ -9,7 +9,7 @@ from pydantic import Field
 
 from medseg.config import Config
 from medseg.errors import ConfigError, LabelError
-from medseg.instances.basins import Basins, find_basins
+from medseg.instances.basins import find_basins, relabel
 from medseg.instances.components import label_components
 from medseg.instances.distance import check_spacing, distance_map
 from medseg.instances.dropped import Dropped
@@ -96,14 +96,11 @@ class Split:
         The label of the input that each object comes from; 1 for a height map.
     dropped : tuple of Dropped
         What was removed.
-    basins : Basins or None
-        For another depth without another climb; only for the method "basins" and one label.
     """
 
     labels: IntArray
     sources: IntArray
     dropped: tuple[Dropped, ...] = ()
-    basins: Basins | None = None
 
     @property
     def count(self) -> int:
@@ -111,35 +108,31 @@ class Split:
         return len(self.sources)
 
 
-def split_basins(heights: Heights, config: BasinsConfig, threads: int = 1) -> tuple[IntArray, Basins | None]:
-    """Split by :func:`find_basins`: the default."""
+def split_basins(heights: Heights, config: BasinsConfig, threads: int = 1) -> IntArray:
+    """Split by :func:`find_basins`, the default; to try several depths, keep what it returns."""
     h, floor = _depth(heights, config), _floor(heights, config.floor)
     basins = find_basins(heights.array, floor, config.connectivity, threads)
-    return basins.labels(h, config.rel, threads), basins
+    return relabel(basins.numbers, basins.hierarchy.merge(h, config.rel), threads, in_place=True)
 
 
-def split_watershed(
-    heights: Heights, config: WatershedConfig, threads: int = 1
-) -> tuple[IntArray, Basins | None]:
+def split_watershed(heights: Heights, config: WatershedConfig, threads: int = 1) -> IntArray:
     """Flood from the summits that `split_basins` leaves: smoother borders, five times the work."""
     h, floor = _depth(heights, config), _floor(heights, config.floor)
     basins = find_basins(heights.array, floor, config.connectivity, threads)
     markers = np.zeros(heights.array.shape, dtype=np.int32)
     hierarchy = basins.hierarchy
     markers.reshape(-1)[hierarchy.roots] = hierarchy.merge(h, config.rel)[1:]
-    return flood(heights.array, markers, floor, config.connectivity), None
+    return flood(heights.array, markers, floor, config.connectivity)
 
 
-def split_components(
-    heights: Heights, config: ComponentsConfig, threads: int = 1
-) -> tuple[IntArray, Basins | None]:
+def split_components(heights: Heights, config: ComponentsConfig, threads: int = 1) -> IntArray:
     """Take what touches for one object."""
     inside = heights.array > _floor(heights, config.floor)
-    return label_components(inside, config.connectivity), None
+    return label_components(inside, config.connectivity)
 
 
 # Each function takes settings of the type beside it.
-SPLITTERS: dict[str, tuple[type[Config], Callable[..., tuple[IntArray, Basins | None]]]] = {
+SPLITTERS: dict[str, tuple[type[Config], Callable[..., IntArray]]] = {
     "basins": (BasinsConfig, split_basins),
     "watershed": (WatershedConfig, split_watershed),
     "components": (ComponentsConfig, split_components),
@@ -190,12 +183,12 @@ def split(
     settings, function = _chosen(method, config)
     sizes, voxel = tuple(float(size) for size in spacing), float(np.prod(spacing))
     if image.dtype.kind == "f":
-        labels, basins = function(Heights(image, sizes, distances=False), settings, threads)
+        labels = function(Heights(image, sizes, distances=False), settings, threads)
         sources: IntArray = np.ones(int(labels.max(initial=0)), dtype=np.int64)
     else:
-        labels, sources, basins = _split_labels(image, sizes, function, settings, threads)
+        labels, sources = _split_labels(image, sizes, function, settings, threads)
     labels, kept, dropped = remove_small(labels, min_volume, voxel, threads)
-    return Split(labels, sources[kept - 1], dropped, basins)
+    return Split(labels, sources[kept - 1], dropped)
 
 
 def _chosen(method: str, config: Config | None) -> tuple[Config, Callable[..., Any]]:
@@ -213,31 +206,29 @@ def _chosen(method: str, config: Config | None) -> tuple[Config, Callable[..., A
 def _split_labels(
     image: Array,
     spacing: tuple[float, ...],
-    function: Callable[..., tuple[IntArray, Basins | None]],
+    function: Callable[..., IntArray],
     settings: Config,
     threads: int,
-) -> tuple[IntArray, IntArray, Basins | None]:
-    """Split each label in its own box; return objects, their labels, and the basins of a single label."""
+) -> tuple[IntArray, IntArray]:
+    """Split each label in its own box; return objects, and the label of each."""
     boxes = list(_boxes(image))
-    single = len(boxes) <= 1
     if isinstance(settings, ComponentsConfig):
         labels = label_components(image, settings.connectivity)
-        return labels, _values_at(image, labels), None
-    result: IntArray = np.zeros(image.shape, dtype=np.int32)
+        return labels, _values_at(image, labels)
     sources: list[int] = []
-    basins = None
+    result: IntArray = np.zeros(image.shape if len(boxes) != 1 else 0, dtype=np.int32)
     for value, box in boxes:
-        crop = image[box] == value
+        crop = image[box] if image.dtype == bool else image[box] == value
         used = threads if crop.size > _SMALL else 1
         heights = Heights(distance_map(crop, spacing, threads=used), spacing, distances=True)
-        labels, basins = function(heights, settings, used)
-        found = int(labels.max(initial=0))
-        if single:
+        labels = function(heights, settings, used)
+        if len(boxes) == 1:  # whose box is the whole image
             result = labels
         else:
-            np.add(result[box], labels + len(sources) * (labels > 0), out=result[box])
-        sources += [value] * found
-    return result, np.array(sources, dtype=np.int64), basins if single else None
+            labels[crop] += len(sources)
+            result[box] += labels
+        sources += [value] * (int(labels.max(initial=0)) - len(sources))
+    return result, np.array(sources, dtype=np.int64)
 
 
 def _boxes(image: Array) -> Iterator[tuple[int, tuple[slice, ...]]]:
