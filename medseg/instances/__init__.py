@@ -1,1 +1,1 @@
-"""Objects: from label maps, height maps and networks to instances, and what can be said of each."""
+"""From label maps and networks to objects: found, split, counted."""

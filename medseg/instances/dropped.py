@@ -1,18 +1,20 @@
-"""What was removed, and why: nothing is dropped silently."""
+"""What was removed on the way to a result, and why: never silently."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Objects that one rule removed.
+    """Objects that a rule removed.
 
     Attributes
     ----------
     rule : str
-        The rule with its threshold, in words.
-    count, voxels : int
-        Objects removed, and voxels of all of them.
+        Which rule it was, in words.
+    count : int
+        Objects.
+    voxels : int
+        All of their voxels.
     """
 
     rule: str
