@@ -4,23 +4,8 @@ import numpy as np
 
 from medseg.instances.basins import relabel
 from medseg.instances.dropped import Dropped
+from medseg.instances.sums import count_voxels
 from medseg.types import IntArray
-
-# np.bincount makes a copy of 8 bytes a voxel: of so many at a time.
-_CHUNK = 1 << 24
-
-
-def count_voxels(labels: IntArray) -> IntArray:
-    """Return the voxels of labels 0 to the largest, (k + 1,) int64; gaps have none.
-
-    >>> count_voxels(np.array([[0, 2, 2]]))
-    array([1, 0, 2])
-    """
-    flat = labels.reshape(-1)
-    counts = np.zeros(int(flat.max(initial=0)) + 1, dtype=np.int64)
-    for start in range(0, flat.size, _CHUNK):
-        counts += np.bincount(flat[start : start + _CHUNK], minlength=len(counts))
-    return counts
 
 
 def remove_small(
@@ -49,7 +34,7 @@ def remove_small(
     >>> remove_small(np.array([[1, 1, 0, 4]]), min_volume=1.0, voxel_volume=0.5)[2]
     (Dropped(rule='smaller than 1', count=1, voxels=1),)
     """
-    counts = count_voxels(labels)
+    counts = count_voxels(labels, int(labels.max(initial=0)))
     table, dropped = choose_large(counts, min_volume, voxel_volume)
     kept = np.flatnonzero(table)
     changed = dropped or len(kept) != len(table) - 1
