@@ -50,8 +50,7 @@ def medseg(mask: Any, folder: Path, stages: Stages) -> dict[str, Any]:
     from medseg.instances.table import BASIC, measure_objects
     from medseg.volume import Geometry, Volume
 
-    labels = stages.run("split", lambda: split(mask, (1.0, 1.0, 1.0)).labels)
-    del mask
+    labels = stages.run("split", split, mask, (1.0, 1.0, 1.0)).labels
 
     def measured() -> int:
         volume = Volume(labels, Geometry(labels.shape, np.eye(4)))
@@ -68,16 +67,13 @@ def scikit_image(mask: Any, folder: Path, stages: Stages) -> dict[str, Any]:
     from skimage.measure import regionprops_table
     from skimage.segmentation import watershed
 
-    def peaks() -> Any:
+    def flooded(distances: Any) -> Any:
+        found = stages.run("peaks", peak_local_max, distances, PEAK_DISTANCE)
         markers = np.zeros(mask.shape, dtype=np.int32)
-        found = peak_local_max(distances, min_distance=PEAK_DISTANCE)
         markers[tuple(found.T)] = np.arange(1, len(found) + 1)
-        return markers
+        return stages.run("watershed", watershed, -distances, markers, 1, None, mask)
 
-    distances = stages.run("distances", distance_transform_edt, mask)
-    markers = stages.run("peaks", peaks)
-    labels = stages.run("watershed", lambda: watershed(-distances, markers, mask=mask))
-    del distances, markers
+    labels = flooded(stages.run("distances", distance_transform_edt, mask))
     properties = ("label", "area", "bbox", "centroid", "axis_major_length", "axis_minor_length")
     table = stages.run("table", regionprops_table, labels, None, properties)
     return {"rows": len(table["label"]), **stages.run("evaluation", score, labels, folder)}

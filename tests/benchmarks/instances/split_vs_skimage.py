@@ -49,7 +49,7 @@ def main() -> None:
     per_axis, size = (4, 120) if options.quick else (17, 512)
     with tempfile.TemporaryDirectory(prefix="medseg-bench-") as name:
         folder = Path(name)
-        truth = make_phantom(folder / "small", 2, 60)
+        make_phantom(folder / "small", 2, 60)
         measure(command("medseg", folder / "small"), THREADS)  # so that everything is compiled
         truth = make_phantom(folder / "whole", per_axis, size)
         programs = ("scikit-image", "medseg")
