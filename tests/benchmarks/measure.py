@@ -47,8 +47,10 @@ PLACEHOLDERS = {
     "--data": "../shared/data",
     "--golden": "../shared/golden",
 }
-PACKAGES = ("torch", "numpy", "scipy", "monai", "openvino", "SimpleITK", "nnunetv2", "batchgenerators")
-PACKAGES += ("scikit-image", "numba", "edt")
+PACKAGES = (
+    *("torch", "numpy", "scipy", "monai", "openvino", "SimpleITK", "nnunetv2", "batchgenerators"),
+    *("scikit-image", "numba", "edt"),
+)
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 Command = Sequence[str]
