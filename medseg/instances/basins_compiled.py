@@ -215,9 +215,10 @@ def _saddles_of_lines(
     `state` is the number of pairs, the last one, which neighbouring voxels mostly repeat, and its slot.
     """
     width = len(line[0])
+    marks = _meeting(line[0], other[0], first, last)
     for x in range(width):
         a = line[0][x]
-        if a == 0:
+        if a == 0 or not marks[x]:
             continue
         for xx in range(max(x + first, 0), min(x + last + 1, width)):
             b = other[0][xx]
@@ -236,6 +237,20 @@ def _saddles_of_lines(
             if level > found[state[2]]:
                 found[state[2]] = level
     return keys, found
+
+
+@jit
+def _meeting(own: IntArray, other: IntArray, first: int, last: int) -> IntArray:
+    """Mark where another basin is among the neighbours, and both ends; most voxels are far from any.
+
+    Plain loops, which the compiler turns into vector instructions: the table is a fifth of the work then.
+    """
+    marks: IntArray = np.ones(len(own), dtype=np.uint8)
+    marks[1:-1] = 0
+    for step in range(first, last + 1):
+        for x in range(1, len(own) - 1):
+            marks[x] |= np.uint8((own[x] != other[x + step]) & (other[x + step] != 0))
+    return marks
 
 
 @jit
