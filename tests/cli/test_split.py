@@ -134,3 +134,11 @@ def test_an_image_of_several_channels_is_refused(tmp_path: Path) -> None:
     write(Volume(np.zeros((2, 4, 4, 3), np.uint8), Geometry((4, 4, 3), np.eye(4))), source)
     found = run(source, "-o", tmp_path / "o.nii.gz").exception
     assert isinstance(found, DataError) and "has 2 channels" in str(found)
+
+
+def test_more_objects_than_16_bits_are_written_in_32(tmp_path: Path) -> None:
+    mask = np.zeros((530, 500), dtype=np.uint8)
+    mask[::2, ::2] = 1
+    facts = facts_of(saved(tmp_path / "m.tif", mask), "-o", tmp_path / "o.tif", "--method", "components")
+    after = read(tmp_path / "o.tif").array
+    assert after.max() == facts["objects"] == 265 * 250 and after.dtype == np.int32

@@ -1,5 +1,9 @@
 """The basin merge: equal to reconstruction, equal without numba, and the same whoever asks."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -134,3 +138,33 @@ def test_thousands_of_basins_outgrow_the_first_table_of_pairs() -> None:
     assert len(basins.hierarchy.pairs) > 4096
     assert basins.labels(1.0).max() == 51 * 51
     assert basins.labels(1.5).max() == 1
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None  # an import of it fails
+import numpy as np
+from medseg.instances.compiled import COMPILED
+from medseg.instances.split import SPLITTERS, split
+mask = np.random.default_rng(3).random((6, 14, 15)) < 0.8
+for method in SPLITTERS:
+    found = split(mask, (2.0, 1.0, 1.0), method)
+    print(COMPILED, found.count, hash(found.labels.tobytes()))
+"""
+
+
+@pytest.mark.skipif(not COMPILED, reason="numba is not installed: there is nothing to compare")
+def test_every_method_gives_the_same_without_numba() -> None:
+    with_numba = WITHOUT_NUMBA.replace('sys.modules["numba"] = None', "")
+    texts = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+        ).stdout
+        for code in (with_numba, WITHOUT_NUMBA)
+    ]
+    assert texts[1].count("False") == texts[0].count("True") == 3
+    assert texts[0].replace("True", "") == texts[1].replace("False", "")

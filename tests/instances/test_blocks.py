@@ -18,10 +18,13 @@ from medseg.instances.blocks import (
     distance_in_blocks,
     relabel_in_blocks,
     split_in_blocks,
+    to_global,
+    to_local,
 )
 from medseg.instances.components import label_components
 from medseg.instances.distance import distance_map
 from medseg.instances.grid import Grid
+from medseg.instances.neighbours import offsets
 from medseg.instances.split import BasinsConfig, split
 from medseg.types import Array, FloatArray
 from tests.instances.volumes import discs, integer_heights
@@ -171,6 +174,14 @@ def test_a_cap_that_is_too_low_is_counted() -> None:
     distances, labels = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.int32)
     found = split_in_blocks(mask, distances, labels, spacing, 2.0, Grid.of(mask.shape, (16, 16)))
     assert found.capped == (distance_map(mask, spacing) >= 2).sum() > 0
+
+
+def test_indices_beyond_32_bits_are_exact() -> None:
+    shape, box = (3000, 2000, 1000), (slice(2990, 3000), slice(1990, 2000), slice(990, 1000))
+    last = np.array([999])
+    assert to_global(last, box, shape).tolist() == [3000 * 2000 * 1000 - 1]
+    assert to_local(to_global(last, box, shape), box, shape).tolist() == [999]
+    assert offsets((2, 70_000, 70_000)).max() > 2**32
 
 
 def test_a_halo_below_the_cap_is_impossible() -> None:

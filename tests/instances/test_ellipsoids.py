@@ -1,4 +1,6 @@
-"""The phantom of touching ellipsoids, and what splitting makes of it."""
+"""The phantom of touching ellipsoids and real nuclei, and what splitting makes of their masks."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from medseg.instances.components import label_components
 from medseg.instances.distance import distance_map
 from medseg.instances.flood import flood
 from medseg.instances.split import BasinsConfig, split
+from medseg.io import read
 from medseg.types import Array, IntArray
 from tests.ellipsoids import touching_ellipsoids
 
@@ -62,3 +65,15 @@ def test_thick_slices_are_split_with_the_same_depth_in_mm(cells: IntArray) -> No
     found = split(thick > 0, (3.0, 1.0, 1.0), config=BasinsConfig(h=1.0))
     f1, quality = panoptic_quality(thick, found.labels)
     assert found.count == 8 and f1 == 1.0 and quality > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("nuclei3d_ovules/labels/ovule_1135.nii.gz", 0.99), ("nuclei3d_stardist/mask3d.tif", 0.85)],
+)
+def test_real_nuclei_are_found_again_from_their_mask(data_dir: Path, name: str, least: float) -> None:
+    volume = read(data_dir / name)
+    truth = np.unique(volume.array[0], return_inverse=True)[1].reshape(volume.shape)
+    found = split(truth > 0, volume.spacing)
+    assert panoptic_quality(truth, found.labels)[0] >= least
+    assert panoptic_quality(truth, label_components(truth > 0))[0] < least

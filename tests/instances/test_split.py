@@ -90,6 +90,15 @@ def test_an_empty_image_has_no_objects(method: str, dtype: type) -> None:
     assert found.count == 0 and not found.labels.any() and found.sources.size == 0
 
 
+@pytest.mark.parametrize("method", ["basins", "components"])
+def test_a_hundred_thousand_objects_have_a_number_each(method: str) -> None:
+    mask = np.zeros((640, 640), dtype=bool)
+    mask[::2, ::2] = True
+    found = split(mask, (1.0, 1.0), method)
+    assert found.count == 320 * 320 > 100_000
+    assert np.array_equal(found.labels[mask], np.arange(1, found.count + 1))
+
+
 def test_a_height_map_is_split_by_its_own_values() -> None:
     probability = np.array([[0.1, 0.9, 0.6, 0.8, 0.4, 0.9]])
     found = split(probability, (1.0, 1.0), config=BasinsConfig(h=0.15, floor=0.5))
