@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin
@@ -137,9 +138,9 @@ def _parse(text: str) -> Any:
     # JSON by a JSON parser: YAML takes its 1e-05 for a string.
     if text.lstrip().startswith("{"):
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_once)
         except ValueError:
-            pass  # YAML in flow style, or broken: the YAML parser says where
+            pass  # YAML in flow style, or wrong: the YAML parser says where
     _refuse_anchors(text)
     return yaml.load(text, Loader=_FastSafeLoader)
 
@@ -199,7 +200,27 @@ def dump_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_ReadableDumper, sort_keys=False, width=100, allow_unicode=True)
 
 
-_FastSafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_AnyLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _FastSafeLoader(_AnyLoader):  # type: ignore[misc]
+    """A loader that refuses a key that is there twice: YAML's own keeps the last and drops the others."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                line = key.start_mark.line + 1
+                raise ValueError(f"line {line}: the key {_short(key.value)!r} is there twice")
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")  # the YAML parser says which
+    return found
 
 
 class _ReadableDumper(yaml.SafeDumper):
@@ -214,12 +235,24 @@ class _ReadableDumper(yaml.SafeDumper):
 
 
 def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    items = error.errors()
+    found = error.errors()
+    # A list whose items are wrong is too short besides: that is no news.
+    items = [
+        item
+        for item in found
+        if item["type"] != "too_short"
+        or not any(len(o["loc"]) > len(item["loc"]) == len(_common(o["loc"], item["loc"])) for o in found)
+    ]
     missing = [str(item["loc"][0]) for item in items if item["type"] == "missing" and len(item["loc"]) == 1]
     strange = any(item["type"] == "extra_forbidden" and len(item["loc"]) == 1 for item in items)
     if strange and len(missing) > 1:  # another file altogether: its other keys are of no interest
         return f"{where} is not {_noun(model)}: {_and_more(missing, ', ')} missing. Check the path."
     return f"{where}: {_and_more([_explain_one(item, model) for item in items], '; ')}"
+
+
+def _common(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    """Return what two places begin with."""
+    return [x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
 
 
 def _and_more(texts: Sequence[str], separator: str) -> str:
@@ -234,6 +267,16 @@ def _noun(model: type[BaseModel]) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
+# In the words of YAML instead of Python's.
+_EXPECTED = {
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "dict_type": "expected a mapping",
+    "model_type": "expected a mapping",
+    "too_short": "expected more in this list",
+}
+
+
 def _explain_one(item: Any, model: type[BaseModel]) -> str:
     dotted = _short(".".join(str(part) for part in item["loc"]), 2 * SHOWN_CHARACTERS)
     if item["type"] == "extra_forbidden":
@@ -244,7 +287,7 @@ def _explain_one(item: Any, model: type[BaseModel]) -> str:
     if item["type"] == "value_error":  # a validator of ours: it names the value itself
         text = str(item["msg"]).removeprefix("Value error, ")
     else:
-        text = f"{item['msg']} (got {_short(repr(item['input']))})"
+        text = f"{_EXPECTED.get(item['type'], item['msg'])} (got {_short(repr(item['input']))})"
     return f"{dotted}: {text}" if dotted else text
 
 

@@ -27,11 +27,16 @@ def evaluate(
     ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder with the images, for the page.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    instances: Annotated[
+        bool, typer.Option("--instances", help="Every value is one object: match and count them, 2D or 3D.")
+    ] = False,
+    iou: Annotated[float, typer.Option(help="With --instances: IoU from which on an object is found.")] = 0.5,
 ) -> None:
     """Measure PREDICTIONS against REFERENCES, matched by case name.
 
-    Dice, IoU, volume error, surface Dice, HD95 and ASSD, with 95 % bootstrap intervals. Exit code 3 if some
-    cases could not be measured, 4 if none matches.
+    Dice, IoU, volume error, surface Dice, HD95 and ASSD, with 95 % bootstrap intervals; with --instances F1,
+    AP, PQ, AJI, SEG, DET, counts, and what was missed, invented, merged or split. Exit code 3 if some cases
+    could not be measured, 4 if none matches.
     """
     from medseg import metrics
     from medseg.errors import PartialFailure
@@ -40,6 +45,10 @@ def evaluate(
     for path in (json, html, csv):
         if path is not None and path != Path("-"):
             check_writable(path)
+    if instances:
+        from medseg.cli.evaluate_instances import evaluate_objects
+
+        return evaluate_objects(predictions, references, iou, json, html, csv, images, seed, labels)
     result = metrics.evaluate(predictions, references, nsd_mm, _labels(labels), seed=seed)
     if json == Path("-"):
         typer.echo(metrics.dump_json(result), nl=False)

@@ -95,6 +95,17 @@ def _header_text(path: Path) -> str:
     return start[: None if end < 0 else end].replace(b"\r", b"").decode("utf-8", errors="replace")
 
 
+def data_files(path: Path) -> list[Path]:
+    """Return the files beside a header in which the voxels are; none where they are in the file itself.
+
+    Raises
+    ------
+    ReadError
+        One is missing, or lies outside the folder.
+    """
+    return _data_files(path, _header_text(path))
+
+
 def _data_files(path: Path, header: str) -> list[Path]:
     """Return the files that a detached header names, which must lie beside it."""
     if path.suffix.lower() == ".gipl":

@@ -171,8 +171,8 @@ def evaluate(
     _check_settings(metrics, nsd_mm, resamples)
     label_set = find_labels(labels, predictions, references)
     pairing = pair_cases(predictions, references)
-    _warn_alone(pairing.predictions_alone, "predictions have no reference")
-    _warn_alone(pairing.references_alone, "references have no prediction")
+    warn_alone(pairing.predictions_alone, "predictions have no reference")
+    warn_alone(pairing.references_alone, "references have no prediction")
     measured, failures = _measure_all(pairing.pairs, label_set, metrics, nsd_mm)
     if not measured:
         first = f"{failures[0].case}: {failures[0].error}"
@@ -219,7 +219,7 @@ def _check_settings(metrics: Sequence[str], nsd_mm: float, resamples: int) -> No
         raise ConfigError(f"resamples is {resamples}: expected at least 1 (1000 or more make sense).")
 
 
-def _warn_alone(names: Sequence[str], what: str) -> None:
+def warn_alone(names: Sequence[str], what: str) -> None:
     """Say once who has no partner: measuring one fold against all labels is usual, a lost case is not."""
     if names:
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -246,7 +246,7 @@ def _measure_all(
 def _measure(pair: Pair, labels: LabelSet | None, nsd_mm: float | None) -> _Measured:
     reference = load_label_map(pair.reference, pair.name)
     prediction = load_label_map(pair.prediction, pair.name)
-    _check_grids(pair.name, prediction.geometry, reference.geometry)
+    check_grids(pair.name, prediction.geometry, reference.geometry)
     truth, guess = reference.array[0], prediction.array[0]
     ignore = labels.ignore if labels else None
     table = contingency(truth, guess, ignore)
@@ -267,7 +267,14 @@ def _measure(pair: Pair, labels: LabelSet | None, nsd_mm: float | None) -> _Meas
     return _Measured(pair, reference.geometry.voxel_volume * to_mm**3 / 1000.0, table, surfaces)
 
 
-def _check_grids(name: str, prediction: Geometry, reference: Geometry) -> None:
+def check_grids(name: str, prediction: Geometry, reference: Geometry) -> None:
+    """Refuse two label maps that do not lie on one grid.
+
+    Raises
+    ------
+    GeometryError
+        They do not.
+    """
     if prediction.matches(reference):
         return
     if prediction.shape != reference.shape:

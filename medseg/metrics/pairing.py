@@ -92,7 +92,10 @@ def load_label_map(source: Source, name: str) -> Volume:
             f"{name}: values are not whole numbers, so this is no label map. Pass label maps, not "
             "images or probabilities."
         )
-    return volume.with_array(rounded.astype(np.int32))
+    highest = np.abs(rounded).max(initial=0.0)
+    if highest >= 2.0**63:
+        raise LabelError(f"{name}: holds {highest:g}, which is no label of 64 bits. Renumber the objects.")
+    return volume.with_array(rounded.astype(np.int32 if highest < 2.0**31 else np.int64))
 
 
 def find_cases(folder: PathLike) -> dict[str, Path]:

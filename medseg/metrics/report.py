@@ -238,6 +238,7 @@ def slice_picture(
     index: int | None = None,
     colours: Mapping[int, str] | None = None,
     size: float = 4.0,
+    letters: bool = True,
 ) -> bytes:
     """Draw one slice: reference as solid outline, prediction as tinted area with a dashed outline.
 
@@ -261,6 +262,8 @@ def slice_picture(
         By default PALETTE by value.
     size : inches
         Longer side of the picture, at 110 dots an inch.
+    letters : bool
+        Whether the sides of the patient are written on the borders.
 
     Returns
     -------
@@ -283,7 +286,7 @@ def slice_picture(
         for value in sorted((set(np.unique(truth)) | set(np.unique(guess))) - {0}):
             colour = (colours or {}).get(int(value)) or PALETTE[(int(value) - 1) % len(PALETTE)]
             _draw_label(axes, truth == value, guess == value, colour, steps)
-        _finish_slice(axes, window, steps, view.letters)
+        _finish_slice(axes, window, steps, view.letters if letters else ("",) * 4)
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=110, facecolor="#11151b", metadata={"Software": None})
         return stream.getvalue()

@@ -20,8 +20,9 @@ GRID = 40
 # What the network is shown, in this order; each in about -1..1, 0 = not known.
 CHANNELS = ("image", "likeness", "slice mask", "box", "clicks", "previous mask", "flood")
 
-# How far the flood goes along the slices, in sides of the box: most objects are about as long as wide.
-REACH = 0.8
+# How far the floods go along the slices, in sides of the box. A round object needs a near bound, a long one
+# none; where all floods agree, the image's own edges speak.
+REACHES = (0.5, 1.0, float("inf"))
 
 
 class _Block(nn.Sequential):
@@ -77,7 +78,7 @@ def show(
     box: Tensor,
     clicks: Tensor,
     previous: Tensor,
-    reach: float | None = REACH,
+    flooding: bool = True,
 ) -> Tensor:
     """Build what the network is shown of one cube: (7, a, b, c) float32, in the order of `CHANNELS`.
 
@@ -88,8 +89,8 @@ def show(
     slice_mask, box, clicks, previous : (a, b, c) float32
         +1 where the object is known to be, -1 where it is known not to be, 0 where nothing is known. The
         slice mask and the box are known on the prompted slices only.
-    reach : float, optional
-        How far along the slices the flood may go, in sides of the box; None: no flood is shown.
+    flooding : bool
+        Show the floods; else their channel says nothing.
     """
     spread = image.std() + 1e-6
     normal = ((image - image.mean()) / spread).clamp(-5, 5) / 2
@@ -104,8 +105,8 @@ def show(
         wide = 1.5 * (values - middle).abs().median() + 0.15 * spread
         likeness = ((image - middle) / wide).clamp(-6, 6) / 3
     flooded = torch.zeros_like(normal)
-    if reach is not None:
-        flooded = flood(normal, likeness, slice_mask, box, clicks, previous, reach)
+    if flooding:
+        flooded = flood(normal, likeness, slice_mask, box, clicks, previous)
     return torch.stack((normal, likeness, slice_mask, box, clicks, previous, flooded))
 
 
@@ -116,22 +117,24 @@ def flood(
     box: Tensor,
     clicks: Tensor,
     previous: Tensor,
-    reach: float = REACH,
 ) -> Tensor:
-    """Return what a marker watershed makes of a cube: +1 inside, -1 outside, 0 where nothing is marked.
+    """Return what marker watersheds make of a cube, the mean over `REACHES` of +1 inside and -1 outside.
 
     Water rises from what is surely the object and from what surely is not, and meets on edges of the image.
+    Where one of the two is not marked there is no flood: 0.
     """
     marks = [each.numpy() for each in (slice_mask, box, clicks, previous)]
-    inside, outside = _markers(likeness.numpy(), marks[0], marks[1], marks[2], marks[3], reach)
-    if not inside.any() or not outside.any():
-        return torch.zeros_like(image)
-    height = ndimage.gaussian_gradient_magnitude(image.numpy(), 0.7)
-    seeds = np.where(inside, 1, np.where(outside, 2, 0)).astype(np.uint8)
-    met = SimpleITK.MorphologicalWatershedFromMarkers(
-        SimpleITK.GetImageFromArray(height), SimpleITK.GetImageFromArray(seeds), markWatershedLine=False
-    )
-    return torch.from_numpy(np.where(SimpleITK.GetArrayFromImage(met) == 1, 1, -1).astype(np.float32))
+    height = SimpleITK.GetImageFromArray(ndimage.gaussian_gradient_magnitude(image.numpy(), 0.7))
+    found = np.zeros(image.shape, np.float32)
+    # What is known of the whole cube bounds the object better than a length.
+    reaches = (float("inf"),) if previous.any() else REACHES
+    for reach in reaches:
+        inside, outside = _markers(likeness.numpy(), marks[0], marks[1], marks[2], marks[3], reach)
+        if inside.any() and outside.any():
+            seeds = SimpleITK.GetImageFromArray(np.where(inside, 1, np.where(outside, 2, 0)).astype(np.uint8))
+            met = SimpleITK.MorphologicalWatershedFromMarkers(height, seeds, markWatershedLine=False)
+            found += np.where(SimpleITK.GetArrayViewFromImage(met) == 1, 1, -1)
+    return torch.from_numpy(found / len(reaches))
 
 
 def _markers(

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 Ask = Callable[[int, int, Rectangle, FloatArray, float], tuple[FloatArray, FloatArray]]
 
 
+# Side of the input of published weights; see `AutomaticConfig.size`.
+SIZE = 768
+
+
 class AutomaticConfig(Config):
     """What is asked, what is kept, and how slices are linked.
 
@@ -78,9 +82,10 @@ class AutomaticConfig(Config):
         Part of an object that is not behind smaller ones; else it is left out.
     asset : str, optional
         Network that answers clicks; by default the one of the models.
-    size : int
-        Side of its input. On a slice of a CT with 13 organs the objects that MobileSAM finds have a mean best
-        Dice with these of 0.15 at 512 pixels (0.32 with `least_stability` 0.8), 0.40 at 768 and at 1024.
+    size : int, optional
+        Side of its input. None: that of its fine-tuning, or 768. On a slice of a CT with 13 organs the
+        objects that MobileSAM finds have a mean best Dice with these of 0.15 at 512 pixels (0.32 with
+        `least_stability` 0.8), 0.40 at 768 and at 1024.
     """
 
     points: int = Field(16, ge=1, le=128)
@@ -101,7 +106,7 @@ class AutomaticConfig(Config):
     least_slices: int = Field(2, ge=1)
     least_visible: float = Field(0.3, ge=0, le=1)
     asset: str | None = None
-    size: int = Field(768, ge=32)
+    size: int | None = Field(None, ge=32)
 
 
 @dataclass(frozen=True)
@@ -296,7 +301,7 @@ def ask_clicks(models: "Models", config: AutomaticConfig) -> Ask:
     from medseg.prompt.segmenter import SliceSegmenter
 
     name = config.asset or models.clicks
-    segmenter = models.segmenter(name, config.size)
+    segmenter = models.segmenter(name, config.size, SIZE)
     if not isinstance(segmenter, SliceSegmenter) or "point" not in segmenter.model.spec.understands:
         raise ConfigError(f"{name}: does not understand clicks. Use mobile-sam or a SAM for everything.")
 

@@ -18,17 +18,27 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from medseg import log
 from medseg.config import read_mapping
-from medseg.errors import Cancelled, MedsegError, ResourceError
+from medseg.errors import Cancelled, ConfigError, DataError, MedsegError, ResourceError
 from medseg.files import check_writable, is_disk_full, write_text
-from medseg.io.formats import stem_of
-from medseg.prompt.entries import ObjectEntry, parse_objects, prepare
-from medseg.prompt.results import Networks, Options, check_output, open_image, point, write_result
+from medseg.io.formats import stem_of, suffix_of
+from medseg.prompt.entries import ObjectEntry, parse_objects, prepare, split_value
+from medseg.prompt.results import (
+    Networks,
+    Options,
+    check_output,
+    open_image,
+    point,
+    report_path,
+    write_result,
+)
+from medseg.prompt.resume import find_finished, find_origin, seal
+from medseg.prompt.session import PromptSession
 from medseg.prompt.sheet import write_sheet
 from medseg.types import PathLike
 
@@ -36,6 +46,8 @@ if TYPE_CHECKING:
     from medseg.prompt.workbench import Propagate
 
 DEFAULT_ENDING = ".nii.gz"
+SUMMARY = "prompts.json"
+Status = Literal["done", "skipped", "failed"]  # skipped: was done before
 
 
 class PromptCase(Options):
@@ -98,7 +110,7 @@ class CaseRow:
     """What became of one case of a file."""
 
     case: str
-    status: str  # "done" or "failed"
+    status: Status
     output: Path
     objects: tuple[dict[str, Any], ...] = ()
     error: str = ""
@@ -131,6 +143,7 @@ def prompt_cases(
     out: PathLike,
     networks: Networks | None = None,
     propagate: "Propagate | None" = None,
+    resume: bool = False,
 ) -> list[CaseRow]:
     """Prompt every case of a file; one that fails becomes a row, and the others finish.
 
@@ -140,11 +153,12 @@ def prompt_cases(
     out : folder for ``NAME.nii.gz``, ``NAME.prompt.json`` and ``NAME.png``, and ``prompts.json`` about all
     networks : to use
     propagate : stands in for :func:`medseg.prompt.propagate`
+    resume : leave out cases that are done already: whole, and from the same files, prompts, settings, weights
 
     Raises
     ------
     ConfigError
-        The file of prompts is wrong.
+        The file of prompts is wrong, or a result would replace what a case is made from.
     OutputError, ResourceError
         The folder cannot be written.
     Cancelled
@@ -152,39 +166,114 @@ def prompt_cases(
     """
     source, folder = Path(prompts), Path(out)
     file = load_prompts(source)
-    check_writable(folder, folder=True)
-    networks = networks or Networks()
+    work = _Work(file, source, folder, networks or Networks(), propagate, resume)
+    work.check()
     rows: list[CaseRow] = []
-    for case in log.progress(file.cases, "Cases"):
-        target = folder / f"{name_of(case)}{DEFAULT_ENDING}"
-        try:
-            found = _prompt_case(file, case, source.parent, target, networks, propagate)
-            rows.append(CaseRow(name_of(case), "done", target, tuple(found)))
-        except Exception as error:
-            rows.append(CaseRow(name_of(case), "failed", target, error=_reason(case, error)))
-            log.logger.warning("%s", rows[-1].error)
-        summary = {"input": str(source), "cases": [row.to_dict() for row in rows]}
-        write_text(folder / "prompts.json", json.dumps(summary, indent=1))
+    try:
+        for case in log.progress(file.cases, "Cases"):
+            rows.append(work.row(case))
+            summary = {"input": str(source), "cases": [row.to_dict() for row in rows]}
+            write_text(folder / SUMMARY, json.dumps(summary, indent=1))
+    except Cancelled as error:
+        done = sum(row.status != "failed" for row in rows)
+        raise Cancelled(
+            f"stopped on request with {done} of {len(file.cases)} cases done. "
+            "Run the same command with --resume to go on."
+        ) from error
     return rows
 
 
-def _prompt_case(
-    file: PromptsFile,
-    case: PromptCase,
-    folder: Path,
-    target: Path,
-    networks: Networks,
-    propagate: "Propagate | None",
-) -> list[dict[str, Any]]:
-    options = file.options_of(case)
-    image = folder / case.image
-    check_output(image, target)
-    with open_image(image, options, networks=networks, propagate=propagate) as session:
-        point(session, prepare(session, case.objects, options.coordinates, folder))
-        rows = write_result(session, case.image, target)
-        if file.sheets:
-            write_sheet(session, target.with_name(f"{name_of(case)}.png"), name_of(case))
+@dataclass(frozen=True)
+class _Work:
+    """One call of :func:`prompt_cases`."""
+
+    file: PromptsFile
+    source: Path
+    out: Path
+    networks: Networks
+    propagate: "Propagate | None"
+    resume: bool
+
+    def check(self) -> None:
+        """Refuse a folder that cannot be written, or in which a result would replace what is read."""
+        if suffix_of(self.out) and not self.out.is_dir():
+            raise ConfigError(f"{self.out}: is the name of one file, and there are many. Give a folder.")
+        check_writable(self.out, folder=True)
+        read = {self.source.resolve()}
+        for case in self.file.cases:
+            masks = (each.mask for known in case.objects for each in known.prompts if each.mask is not None)
+            read |= {path.resolve() for path in (self.image(case), *(self.mask(text) for text in masks))}
+        for path in (
+            self.out / SUMMARY,
+            *(path for case in self.file.cases for path in self.all_files(case)),
+        ):
+            if path.resolve() in read:
+                raise ConfigError(f"{path}: a result would replace what is read. Choose another folder.")
+
+    def row(self, case: PromptCase) -> CaseRow:
+        """Return what became of a case, or raise what concerns all cases."""
+        name, target = name_of(case), self.target(case)
+        try:
+            known = self.finished(case) if self.resume else None
+            if known is not None:
+                return CaseRow(name, "skipped", target, known)
+            return CaseRow(name, "done", target, tuple(self.prompt(case)))
+        except Exception as error:
+            row = CaseRow(name, "failed", target, error=_reason(case, error))
+            log.logger.warning("%s", row.error)
+            return row
+
+    def finished(self, case: PromptCase) -> tuple[dict[str, Any], ...] | None:
+        """Return the rows of a case that is done; None if it has to be done."""
+        return find_finished(self.target(case), self.origin(case), self.networks.hashes, self.files(case))
+
+    def prompt(self, case: PromptCase) -> list[dict[str, Any]]:
+        """Point at the objects of a case, and write them."""
+        options, image, target = self.file.options_of(case), self.image(case), self.target(case)
+        origin = self.origin(case)
+        check_output(image, target)
+        with open_image(image, options, networks=self.networks, propagate=self.propagate) as session:
+            point(session, prepare(session, case.objects, options.coordinates, self.source.parent))
+            _refuse_shared(session)
+            rows = write_result(session, case.image, target)
+            if self.file.sheets:
+                write_sheet(session, self.sheet(case), name_of(case))
+        seal(target, origin, self.files(case))
         return rows
+
+    def origin(self, case: PromptCase) -> dict[str, Any]:
+        """Return what the result of a case is made from."""
+        own = self.propagate is not None
+        options = self.file.options_of(case)
+        return find_origin(self.image(case), case.objects, options, self.source.parent, own)
+
+    def image(self, case: PromptCase) -> Path:
+        return self.source.parent / case.image
+
+    def mask(self, text: str) -> Path:
+        return split_value(text, self.source.parent)[0]
+
+    def target(self, case: PromptCase) -> Path:
+        return self.out / f"{name_of(case)}{DEFAULT_ENDING}"
+
+    def sheet(self, case: PromptCase) -> Path:
+        return self.out / f"{name_of(case)}.png"
+
+    def files(self, case: PromptCase) -> tuple[Path, ...]:
+        """Return what is written of a case before its report."""
+        return (self.target(case), self.sheet(case)) if self.file.sheets else (self.target(case),)
+
+    def all_files(self, case: PromptCase) -> tuple[Path, ...]:
+        return (*self.files(case), report_path(self.target(case)))
+
+
+def _refuse_shared(session: PromptSession) -> None:
+    """Refuse voxels that two objects share: in a batch there is nobody to ask."""
+    for shared in session.conflicts():
+        raise DataError(
+            f"objects {shared.first!r} and {shared.second!r} share {shared.voxels} voxels, and overlap: ask "
+            "has nobody to ask in a batch. Use overwrite (the later object has them) or keep (the earlier)."
+        )
 
 
 def _reason(case: PromptCase, error: Exception) -> str:

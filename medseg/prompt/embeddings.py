@@ -27,6 +27,16 @@ DISK_BYTES = 4 * 2**30
 _LARGEST_FILE = 64 * 2**20
 
 
+def default_folder() -> Path:
+    """Return where embeddings of sessions are kept.
+
+    Beside the weights and not in the session: a session may be passed on, and has no picture in it.
+    """
+    from medseg.assets import default_cache
+
+    return default_cache().parent / "embeddings"
+
+
 class EmbeddingCache:
     """Tensors by key, least recently used first out, in memory and (with a folder) on disk.
 

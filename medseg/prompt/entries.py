@@ -281,7 +281,7 @@ class Grid:
 
     def mask(self, text: str, plane: Plane | None) -> Mask:
         """Read a mask."""
-        path, value = _split_value(text, self.folder)
+        path, value = split_value(text, self.folder)
         volume = read(path)
         difference = grid_difference(self.scene.source, volume.geometry, "the image")
         if volume.channels != 1 or difference:
@@ -301,6 +301,13 @@ class Grid:
             affine = self.scene.source.affine
             points = points @ affine[:3, :3].T + affine[:3, 3]
         yield from ((x, y, z) for x, y, z in points.tolist())
+
+    def spoken(self, position: Position) -> tuple[float, ...]:
+        """Return a position in the world as its user would write it: to 0.1 mm, or the nearest voxel."""
+        if self.unit == "mm":
+            return tuple(round(x, 1) for x in position)
+        inverse = np.linalg.inv(self.scene.source.affine)
+        return tuple(float(round(x)) for x in inverse[:3, :3] @ np.array(position) + inverse[:3, 3])
 
     def flat(self, positions: FloatArray) -> Plane | None:
         """Return the plane of positions that agree along exactly one axis, else None."""
@@ -368,8 +375,8 @@ def _middle(scene: Scene, prompts: Sequence[Prompt]) -> FloatArray:
     return np.asarray(np.mean(found, axis=0))
 
 
-def _split_value(text: str, folder: Path) -> tuple[Path, int | None]:
-    """Return path and value of ``FILE`` or ``FILE:VALUE``."""
+def split_value(text: str, folder: Path) -> tuple[Path, int | None]:
+    """Return path and value of a mask, ``FILE`` or ``FILE:VALUE``; relative paths begin at `folder`."""
     match = re.fullmatch(r"(.+):(\d{1,9})", text)
     if match and not (folder / text).exists():
         return folder / match[1], int(match[2])

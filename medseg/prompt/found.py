@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medseg.files import write_text
+from medseg.files import atomic_path, write_text
 from medseg.io import write
 from medseg.labels import LabelSet
 from medseg.prompt.entries import Axis, Grid
@@ -18,7 +18,7 @@ from medseg.prompt.provenance import models_at_work
 from medseg.prompt.regions import Region
 from medseg.prompt.results import Networks, Options, open_image, report_path
 from medseg.prompt.session import choose_axis
-from medseg.prompt.sheet import Shown
+from medseg.prompt.sheet import Shown, draw_sheet
 from medseg.types import PathLike
 from medseg.volume import Volume
 
@@ -114,6 +114,12 @@ class Found:
         }
         write(restore_labels(self.scene, self.everything.labels), out)
         write_text(report_path(out), json.dumps(content, indent=1))
+
+    def write_sheet(self, path: Path, title: str) -> None:
+        """Draw a contact sheet of all objects together and write it (PNG)."""
+        png = draw_sheet(self.scene, self.sheet(), title, together=True)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(png)
 
     def sheet(self) -> list[Shown]:
         """Return what a contact sheet shows."""

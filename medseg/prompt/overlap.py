@@ -1,24 +1,22 @@
 """Masks of several objects against each other, inside their boxes only."""
 
-from collections.abc import Iterable
-
 import numpy as np
 
-from medseg.prompt.regions import Region, Triple
+from medseg.prompt.regions import Region
 
 
-def union(shape: Triple, regions: Iterable[Region]) -> Region:
-    """Return the voxels of any of `regions`, all on a grid of `shape`."""
-    filled = [region for region in regions if region.array.size]
-    if not filled:
-        return Region.empty(shape)
+def union(first: Region, *others: Region) -> Region:
+    """Return the voxels of any of several regions of one grid."""
+    filled = [region for region in (first, *others) if region.voxels]
+    if len(filled) < 2:
+        return filled[0] if filled else Region.empty(first.shape)
     i, j, k = (min(region.start[axis] for region in filled) for axis in range(3))
     stop = tuple(max(region.stop[axis] for region in filled) for axis in range(3))
     mask = np.zeros((stop[0] - i, stop[1] - j, stop[2] - k), dtype=bool)
     for region in filled:
         at = tuple(slice(a - s, b - s) for a, b, s in zip(region.start, region.stop, (i, j, k), strict=True))
         mask[at] |= region.array
-    return Region(shape, (i, j, k), mask)
+    return Region.at(mask, (i, j, k), first.shape)
 
 
 def subtract(region: Region, other: Region) -> Region:

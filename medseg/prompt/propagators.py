@@ -6,6 +6,7 @@ from typing import Any
 from medseg.config import Config
 from medseg.errors import ConfigError
 from medseg.prompt.consensus import ConsensusConfig, propagate_consensus
+from medseg.prompt.known import VolumeConfig
 from medseg.prompt.memory import MemoryConfig, propagate_memory
 from medseg.prompt.rasterise import check_prompts
 from medseg.prompt.slicewise import (
@@ -18,7 +19,7 @@ from medseg.prompt.slicewise import (
     propagate_points,
 )
 from medseg.prompt.target import Propagation, Target
-from medseg.prompt.volumetric import VolumeConfig, propagate_volume
+from medseg.prompt.volumetric import propagate_volume
 
 # Each function takes settings of the type beside it.
 PROPAGATORS: dict[str, tuple[type[Config], Callable[[Models, Target, Any], Propagation]]] = {

@@ -33,21 +33,30 @@ def describe_state(scene: Scene, state: State, voxels: Mapping[str, int]) -> dic
 
 def models_at_work(models: Any) -> Iterator[dict[str, str]]:
     """Yield name, licence and SHA-256 of the networks of a :class:`~medseg.prompt.slicewise.Models`."""
+    given: Mapping[str, PathLike] = getattr(models, "given", {})
+    for name in sorted(getattr(models, "used", ())):
+        known = describe_weights(name, given.get(name))
+        if known is not None:
+            yield known
+
+
+def describe_weights(asset: str, path: PathLike | None = None) -> dict[str, str] | None:
+    """Return name, licence and SHA-256 of the weights of an asset, or of the file or bundle in their place.
+
+    None where nothing is known: no file is given, and none is published under this name and with a hash.
+    """
     from medseg import assets
     from medseg.files import sha256_file
     from medseg.nets.sam_bundle import hash_card, is_tuned, read_card
 
-    given: Mapping[str, PathLike] = getattr(models, "given", {})
-    for name in sorted({asset for asset, _ in getattr(models, "ready", {})}):
-        path = given.get(name)
-        if path is not None and is_tuned(path):
-            card = read_card(path)
-            title = f"{card.base} fine-tuned on {card.dataset}"
-            yield {"name": title, "licence": card.licence, "sha256": hash_card(path)}
-        elif name in assets.ASSETS:
-            yield assets.provenance(name, path)
-        elif path is not None:
-            yield {"name": name, "licence": "unknown", "sha256": sha256_file(path)}
+    if path is not None and is_tuned(path):
+        card = read_card(path)
+        title = f"{card.base} fine-tuned on {card.dataset}"
+        return {"name": title, "licence": card.licence, "sha256": hash_card(path)}
+    known = assets.ASSETS.get(asset)
+    if known is not None and (path is not None or known.sha256 is not None):
+        return assets.provenance(asset, path)
+    return None if path is None else {"name": asset, "licence": "unknown", "sha256": sha256_file(path)}
 
 
 def _describe(known: ObjectState) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ from medseg.files import check_writable, write_text
 from medseg.io import read
 from medseg.io.formats import WRITERS, stem_of, suffix_of, write
 from medseg.prompt.entries import Request, Unit
+from medseg.prompt.journal import JOURNAL
 from medseg.prompt.prompts import PLANES
-from medseg.prompt.session import PromptSession
-from medseg.prompt.state import Overlap
+from medseg.prompt.session import PromptSession, resolve_config
+from medseg.prompt.state import Overlap, Settings
 from medseg.types import PathLike
 from medseg.volume import Volume
 
@@ -70,6 +72,37 @@ class Networks:
             self._last = self._last.of(scene)
         return self._last
 
+    @cached_property
+    def hashes(self) -> frozenset[str]:
+        """SHA-256 of the weights of every network, as they are given or published.
+
+        Raises
+        ------
+        AssetError, BundleError
+            A given file cannot be read.
+        """
+        from medseg.assets import ASSETS
+        from medseg.prompt.provenance import describe_weights
+
+        known = (describe_weights(name, self.given.get(name)) for name in {*ASSETS, *self.given})
+        return frozenset(each["sha256"] for each in known if each is not None)
+
+
+def find_image(name: PathLike) -> Path:
+    """Return the file of an image, which may be a sample named by its asset.
+
+    Raises
+    ------
+    AssetError
+        The sample cannot be had.
+    """
+    from medseg.assets import ASSETS, find
+
+    named = ASSETS.get(str(name))
+    if named is None or Path(name).exists() or not suffix_of(named.filename):
+        return Path(name)
+    return find(named.name)
+
 
 def open_image(
     image: PathLike | Volume,
@@ -77,8 +110,46 @@ def open_image(
     folder: PathLike | None = None,
     networks: "Networks | None" = None,
     propagate: "Propagate | None" = None,
+    overrides: Sequence[str] = (),
 ) -> PromptSession:
-    """Begin a session about an image, or go on with the one in `folder`, with some options."""
+    """Begin a session about an image, or go on with the one in `folder`, with some options.
+
+    `overrides`, ``key=value``, change the settings of the propagator: those of the session if it stays the
+    same, else its defaults.
+    """
+    going_on = folder is not None and (Path(folder) / JOURNAL).exists()
+    anew = options.propagator is not None or not going_on
+    if overrides and anew:
+        options = options.replace(config=_overridden(options.propagator, {}, overrides))
+    elif options.propagator is not None and options.config is None:
+        options = options.replace(config={})
+    session = _open(image, options, folder, networks, propagate)
+    if overrides and not anew:
+        try:
+            settings = session.state.settings
+            session.change(config=_overridden(settings.propagator, settings.config, overrides))
+        except BaseException:
+            session.close()
+            raise
+    return session
+
+
+def _overridden(
+    propagator: str | None, config: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    from medseg.prompt import DEFAULT
+
+    settings = Settings(propagator=propagator or DEFAULT, config=dict(config))
+    return resolve_config(settings).with_overrides(overrides, "--set").to_dict()
+
+
+def _open(
+    image: PathLike | Volume,
+    options: Options,
+    folder: PathLike | None,
+    networks: "Networks | None",
+    propagate: "Propagate | None",
+) -> PromptSession:
     volume = image if isinstance(image, Volume) else read(image)
     for note in (*volume.notes, *_not_finite(volume, options.channel)):
         log.logger.info("%s%s.", "" if isinstance(image, Volume) else f"{image}: ", note.rstrip("."))

@@ -147,7 +147,7 @@ class PromptSession:
         journal, events = Journal.open(place, repair)
         try:
             masks = MaskStore(None if place is None else place / SNAPSHOTS, scene.shape)
-            configure = _resolve_config if propagate is None else _no_config
+            configure = resolve_config if propagate is None else _no_config
             bench = Workbench(scene, masks, propagate or _propagate, _maker(models, place), configure)
             if not events:
                 events = [_begin(journal, scene, _checked(bench, _defaults(propagate is not None) | changes))]
@@ -537,8 +537,14 @@ def _checked(bench: Workbench, values: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _resolve_config(settings: Settings) -> Config | None:
-    """Return the settings of the propagator, checked and complete."""
+def resolve_config(settings: Settings) -> Config:
+    """Return the settings of the propagator, checked and complete.
+
+    Raises
+    ------
+    ConfigError
+        The propagator is unknown, or one of its settings is wrong.
+    """
     from medseg.prompt import PROPAGATORS
 
     name = settings.propagator
@@ -577,13 +583,10 @@ def _maker(models: "Models | Callable[[Scene], Any] | None", folder: Path | None
 
 
 def _open_models(scene: Scene, folder: Path | None) -> "Models":
-    from medseg import assets
-    from medseg.prompt.embeddings import EmbeddingCache
+    from medseg.prompt.embeddings import EmbeddingCache, default_folder
     from medseg.prompt.slicewise import Models
 
-    # Beside the weights and not in the session: a session may be passed on, and has no picture in it.
-    kept = None if folder is None else assets.default_cache().parent / "embeddings"
-    return Models.open(scene, EmbeddingCache(kept))
+    return Models.open(scene, EmbeddingCache(None if folder is None else default_folder()))
 
 
 def _begin(journal: Journal, scene: Scene, settings: Settings) -> Opened:

@@ -157,7 +157,7 @@ def draw_sheet(scene: Scene, objects: Sequence[Shown], title: str = "", together
 
 def _together(scene: Scene, objects: Sequence[Shown]) -> list[Shown]:
     """Return one block that stands for all objects."""
-    whole = union(scene.shape, [each.region for each in objects])
+    whole = union(*(each.region for each in objects))
     prompts = tuple(prompt for each in objects for prompt in each.prompts)
     names = [each.name for each in objects[:_MOST_NAMES]]
     more = f" and {len(objects) - len(names)} more" if len(objects) > len(names) else ""

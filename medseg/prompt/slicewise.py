@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from medseg.prompt.embeddings import EmbeddingCache
 
 
+# Side of the input of published weights, for the crop of a slice: a quarter of that of their training.
+CLICK_SIZE = 256
+
+
 class Predictor(Protocol):
     """What a slice is asked of: :class:`medseg.prompt.segmenter.SliceSegmenter`, or a stand-in."""
 
@@ -55,10 +59,13 @@ class Models:
         Assets that answer boxes, and clicks.
     given : mapping of asset name to path
         Files to use instead of downloads.
-    click_size : int
-        Side of the input of the network of clicks. It looks at a crop around the object.
+    click_size : int, optional
+        Side of the input of the network of clicks, which looks at a crop around the object. None: that of
+        its fine-tuning, or 256.
     ready : dict
         Predictors by (asset, size), as they are made; tests put theirs here.
+    used : set of str
+        Assets whose networks have looked at the scene.
     """
 
     scene: Scene
@@ -66,9 +73,11 @@ class Models:
     lite: str = "lite-medsam"
     clicks: str = "mobile-sam"
     given: Mapping[str, PathLike] = field(default_factory=dict)
-    click_size: int = 256
+    click_size: int | None = None
     ready: dict[tuple[str, int | None], Predictor] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
     _weights: "dict[str, Sam]" = field(default_factory=dict)
+    _sizes: dict[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -84,9 +93,7 @@ class Models:
 
     def of(self, scene: Scene) -> "Models":
         """Return the same networks for another scene; what is loaded is shared."""
-        return Models(
-            scene, self.cache, self.lite, self.clicks, self.given, self.click_size, {}, self._weights
-        )
+        return replace(self, scene=scene, ready={}, used=set())
 
     @property
     def box_segmenter(self) -> Predictor:
@@ -96,10 +103,16 @@ class Models:
     @property
     def click_segmenter(self) -> Predictor:
         """The network that understands clicks and masks too."""
-        return self.segmenter(self.clicks, self.click_size)
+        return self.segmenter(self.clicks, self.click_size, CLICK_SIZE)
 
-    def segmenter(self, asset: str, size: int | None = None) -> Predictor:
+    def segmenter(self, asset: str, size: int | None = None, published: int | None = None) -> Predictor:
         """Return the network of an asset for this scene.
+
+        Parameters
+        ----------
+        asset : name
+        size : side of its input; None: that at which it was fine-tuned
+        published : side of the input of weights that are as published; None: the network's own
 
         Raises
         ------
@@ -108,11 +121,28 @@ class Models:
         BundleError
             The file holds something else.
         """
+        size = size or self.tuned_size(asset) or published
+        self.used.add(asset)
         if (asset, size) not in self.ready:
             from medseg.prompt.segmenter import SliceSegmenter
 
             self.ready[asset, size] = SliceSegmenter(self.weights(asset), self.scene, self.cache, size)
         return self.ready[asset, size]
+
+    def tuned_size(self, asset: str) -> int | None:
+        """Return the side of the input that the weights given for an asset were fine-tuned at; else None.
+
+        Raises
+        ------
+        BundleError
+            They are a damaged bundle.
+        """
+        if asset not in self._sizes:
+            from medseg.nets.sam_bundle import is_tuned, read_card
+
+            given = self.given.get(asset)
+            self._sizes[asset] = read_card(given).size if given is not None and is_tuned(given) else None
+        return self._sizes[asset]
 
     def weights(self, asset: str) -> "Sam":
         """Return the network of an asset, loaded once."""
@@ -127,6 +157,7 @@ class Models:
         """Return the verified file of an asset, or the one that was given in its place."""
         from medseg import assets
 
+        self.used.add(asset)
         given = self.given.get(asset)
         return Path(given) if given is not None else assets.find(asset)
 

@@ -22,6 +22,7 @@ from medseg.geometry.crop import bounding_box
 from medseg.log import Task, task
 from medseg.prompt import rasterise
 from medseg.prompt.cleanup import CleanConfig, clean, keep_touching
+from medseg.prompt.overlap import union
 from medseg.prompt.prompts import Prompt
 from medseg.prompt.rasterise import SliceBox
 from medseg.prompt.regions import Region, Triple
@@ -455,9 +456,7 @@ class _Trip:
     def held(self) -> Region:
         """Return voxels that are known to be of the object: its slices that the user pointed at."""
         held = self.at(self.stack, self.given)
-        if self.strays is None or not self.strays.voxels:
-            return held
-        return union(held, self.strays)
+        return held if self.strays is None else union(held, self.strays)
 
     def at(self, stack: Stack, given: Mapping[int, SlicePrompts]) -> Region:
         chosen = {
@@ -466,15 +465,6 @@ class _Trip:
             if index in stack.held and (known.box or known.mask is not None or known.positive.any())
         }
         return Stack(stack.shape, stack.axis, chosen).region()
-
-
-def union(a: Region, b: Region) -> Region:
-    """Return the voxels of either."""
-    if not (a.voxels and b.voxels):
-        return a if a.voxels else b
-    low, high = np.minimum(a.start, b.start), np.maximum(a.stop, b.stop)
-    start, stop = (int(low[0]), int(low[1]), int(low[2])), (int(high[0]), int(high[1]), int(high[2]))
-    return Region.at(a.window(start, stop) | b.window(start, stop), start, a.shape)
 
 
 def _exact(scene: Scene, target: Target, given: Mapping[int, SlicePrompts]) -> dict[int, BoolArray]:

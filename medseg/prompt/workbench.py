@@ -79,7 +79,8 @@ class Workbench:
         """
         settings = before.settings
         others = {each.name: self.mask_of(each) for each in before.objects if each is not known}
-        kept = union(self.scene.shape, others.values()) if settings.overlap == "keep" else None
+        keep = settings.overlap == "keep"
+        kept = union(Region.empty(self.scene.shape), *others.values()) if keep else None
         target, config = self._target(known, again, kept), self.configure(settings)
         log.check_cancelled()
         said = self._propagate(self._models_for(window), target, settings.propagator, config)

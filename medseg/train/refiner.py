@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import SimpleITK
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,9 +27,12 @@ from medseg.io import read
 from medseg.log import logger, task
 from medseg.nets.refiner import GRID, Refiner, channels_last
 from medseg.prompt.windows import choose_window
-from medseg.train.refiner_samples import Sample, Source, draw_sample, make_source, mark_clicks, shown
-from medseg.train.shapes import draw_label_map
+from medseg.train.refiner_samples import DRY, Sample, Source, draw_sample, make_source, mark_click, shown
+from medseg.train.shapes import draw_label_map, draw_regions
 from medseg.types import PathLike
+
+# How often the user of a sample clicks once, twice, ...: each further click costs training time.
+ROUNDS = (0.5, 0.25, 0.15, 0.1)
 
 
 class Scan(Config):
@@ -49,15 +53,19 @@ class Recipe(Config):
         Share of samples drawn from them; the rest comes from synthetic label maps.
     label_maps : int
         How many synthetic label maps are drawn.
+    regions : int
+        How many label maps of regions are drawn for each real image: what its own edges enclose.
     start : str, optional
         Weights to begin from; channels that they do not know begin at zero.
     steps, batch, learning_rate, weight_decay, click_share, seed
-        As usual; `click_share` of the samples are corrected by clicks on the network's own mistakes.
+        As usual; `click_share` of the samples are corrected by clicks on the network's own mistakes, one
+        after the other.
     """
 
     scans: tuple[Scan, ...] = ()
     scan_share: float = 0.5
     label_maps: int = 160
+    regions: int = 4
     steps: int = 4000
     batch: int = 4
     learning_rate: float = 1e-3
@@ -77,25 +85,29 @@ class _Stream(IterableDataset[tuple[Sample, Tensor]]):
     def __iter__(self) -> Iterator[tuple[Sample, Tensor]]:
         info = torch.utils.data.get_worker_info()
         torch.set_num_threads(1)
+        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
         rng = np.random.default_rng((self.seed, 0 if info is None else info.id))
         while True:
             pool = self.real if self.real and rng.random() < self.share else self.synthetic
             sample = draw_sample(pool, rng)
-            yield sample, shown(sample)
+            yield sample, shown(sample, flooding=rng.random() > DRY)
 
 
 def load_sources(recipe: Recipe, data: Path) -> tuple[list[Source], list[Source]]:
     """Read the scans and draw the synthetic label maps."""
     real = []
+    rng = np.random.default_rng(recipe.seed)
     for scan in recipe.scans:
         image = read(data / scan.image)
         low, high = choose_window(image, "auto")
         if low < -100:  # CT: its windows differ by target; all that is soft tissue or bone
             low, high = -300.0, 500.0
-        labels = np.zeros(image.shape, np.uint8) if scan.labels is None else read(data / scan.labels).array[0]
         clipped = image.array[0].astype(np.float32).clip(low, high)
-        real.append(make_source(labels.astype(np.uint8), clipped, image.spacing))
-    rng = np.random.default_rng(recipe.seed)
+        if scan.labels is not None:
+            labels = read(data / scan.labels).array[0].astype(np.uint8)
+            real += [make_source(labels, clipped, image.spacing)] * (1 + recipe.regions)
+        for _ in range(recipe.regions):
+            real.append(make_source(draw_regions(clipped, rng), clipped, image.spacing))
     with task("label maps", recipe.label_maps) as running:
         synthetic = []
         for _ in range(recipe.label_maps):
@@ -119,15 +131,19 @@ def _inputs(
     """Return what is shown and the answers; part of the samples is shown again with clicks."""
     samples = [sample for sample, _ in drawn]
     shows = torch.stack([given for _, given in drawn])
-    chosen = [n for n in range(len(samples)) if rng.random() < recipe.click_share]
-    if chosen:
+    chosen = [n for n, each in enumerate(samples) if each.cut or rng.random() < recipe.click_share]
+    left = {n: 1 + int(rng.choice(len(ROUNDS), p=ROUNDS)) for n in chosen}
+    clicks = {n: torch.zeros_like(samples[n].box) for n in left}
+    while left:
         with torch.no_grad():
-            logits = _forward(network, shows[chosen])
-        for n, found in zip(chosen, logits, strict=True):
-            mask = found > 0
-            clicks, made = mark_clicks(mask.numpy(), samples[n].target.numpy(), int(rng.integers(1, 4)), rng)
-            if made:
-                shows[n] = shown(samples[n], clicks, mask.float() * 2 - 1)
+            found = _forward(network, shows[list(left)]) > 0
+        for n, mask in zip(list(left), found, strict=True):
+            left[n] -= 1
+            if mark_click(clicks[n], mask.numpy(), samples[n].target.numpy(), rng):
+                shows[n] = shown(samples[n], clicks[n], mask.float() * 2 - 1, rng.random() > DRY)
+            else:
+                left[n] = 0
+        left = {n: count for n, count in left.items() if count}
     return shows, torch.stack([sample.target for sample in samples]).float()
 
 

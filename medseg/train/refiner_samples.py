@@ -6,7 +6,7 @@ at the zoom and with the marks of `medseg.nets.refiner`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cc3d
 import edt
@@ -29,6 +29,13 @@ SMALLEST = 24
 LESIONS = 0.3
 # Objects that stand out less than this (`_contrast`) teach to guess; only a few are kept.
 FAINT = 0.5
+# How often an object ends where no edge of the image says so, as the parts of an organ do: clicks tell.
+CUT = 0.12
+# How often, and how far (voxels of the cube), an object ends beside its edge: experts differ from edges all
+# around an object, and one click has to say so.
+MOVED, FARTHEST = 0.3, 1.6
+# How often no flood is shown, so that the network does not come to lean on it.
+DRY = 0.15
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +87,8 @@ class Sample:
         As `medseg.nets.refiner.show` takes them.
     target : (GRID, GRID, GRID) bool
         The object.
+    cut : bool
+        The object ends where nothing in the image says so.
     """
 
     image: Tensor
@@ -87,6 +96,7 @@ class Sample:
     box: Tensor
     previous: Tensor
     target: Tensor
+    cut: bool = False
 
 
 def _contrast(sample: Sample) -> float:
@@ -138,11 +148,28 @@ def _draw(source: Source, number: int, rng: np.random.Generator) -> Sample | Non
         middle = middle + rng.uniform(-3, 3, 3) * step / np.array(source.spacing)
     grid = _Grid.draw(middle, axis, plane, step / np.array(source.spacing), rng)
     target = grid.sample((source.objects == number).astype(np.float32), "bilinear") > 0.5
+    if rng.random() < MOVED:
+        target = torch.from_numpy(_depth(target.numpy()) > rng.uniform(-FARTHEST, FARTHEST))
+    cut = rng.random() < CUT
+    if cut:
+        target = target & _half(rng)
     if not target.any():
         return None
     thick = _thickness(source, axis, step, rng)
     image = _image(source, grid, thick, rng)
-    return _prompted(image, target, round(grid.plane_of(anchor)), thick, closer, rng)
+    sample = _prompted(image, target, round(grid.plane_of(anchor)), thick, closer, rng)
+    return replace(sample, cut=cut) if sample is not None else None
+
+
+def _half(rng: np.random.Generator) -> Tensor:
+    """Return one side of a random, slightly bent plane through about the middle of the cube."""
+    normal = rng.standard_normal(3)
+    normal /= np.linalg.norm(normal)
+    along = np.arange(GRID) - (GRID - 1) / 2
+    grid = np.meshgrid(along, along, along, indexing="ij", sparse=True)
+    height = sum(n * g for n, g in zip(normal, grid, strict=True))
+    height = height + rng.uniform(0, 1.5) * smooth_noise((GRID,) * 3, 8.0, rng)
+    return torch.from_numpy(np.asarray(height) < rng.uniform(0, 7))
 
 
 def _draw_lesion(source: Source, rng: np.random.Generator) -> Sample | None:
@@ -156,7 +183,7 @@ def _draw_lesion(source: Source, rng: np.random.Generator) -> Sample | None:
     image = grid.sample(source.image, "bilinear")
     closer = rng.random() < 0.3
     depth = _lesion(rng)
-    target = depth > 0
+    target = depth > (rng.uniform(-FARTHEST, FARTHEST) if rng.random() < MOVED else 0)
     spread = float(image[target].std()) + 0.25 * float(image.std()) if target.any() else 0.0
     if spread < 1e-3:  # outside the body
         return None
@@ -421,34 +448,31 @@ def _previous(target: BoolArray, slice_mask: FloatArray, rng: np.random.Generato
     return previous
 
 
-def mark_clicks(
-    prediction: BoolArray, target: BoolArray, count: int, rng: np.random.Generator
-) -> tuple[Tensor, int]:
-    """Mark up to `count` clicks, one in each of the largest errors; return the marks and how many."""
-    clicks = torch.zeros(target.shape)
+def mark_click(clicks: Tensor, prediction: BoolArray, target: BoolArray, rng: np.random.Generator) -> bool:
+    """Mark a click in about the middle of the largest error, in place; return whether there is one."""
     wrong = np.where(target & ~prediction, 1, np.where(prediction & ~target, 2, 0)).astype(np.uint8)
     parts = np.asarray(cc3d.connected_components(wrong, connectivity=6))
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    made = 0
-    for number in np.argsort(sizes)[::-1][:count]:
-        if sizes[number] < 4:
-            break
-        inside = parts == number
-        depth = edt.edt(inside, black_border=True)
-        deep = np.argwhere(depth >= depth.max() * rng.uniform(0.5, 1.0))
-        middle = deep[int(rng.integers(len(deep)))]
-        ball(clicks, middle.tolist(), 1.0 if target[tuple(middle)] else -1.0)
-        made += 1
-    return clicks, made
+    number = int(sizes.argmax())
+    if sizes[number] < 4:
+        return False
+    depth = edt.edt(parts == number, black_border=True)
+    deep = np.argwhere(depth >= depth.max() * rng.uniform(0.5, 1.0))
+    middle = deep[int(rng.integers(len(deep)))]
+    ball(clicks, middle.tolist(), 1.0 if target[tuple(middle)] else -1.0)
+    return True
 
 
-def shown(sample: Sample, clicks: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
-    """Build the network's input of a sample, (6, GRID, GRID, GRID)."""
+def shown(
+    sample: Sample, clicks: Tensor | None = None, previous: Tensor | None = None, flooding: bool = True
+) -> Tensor:
+    """Build the network's input of a sample, (7, GRID, GRID, GRID)."""
     return show(
         sample.image,
         sample.slice_mask,
         sample.box,
         torch.zeros_like(sample.box) if clicks is None else clicks,
         sample.previous if previous is None else previous,
+        flooding,
     )

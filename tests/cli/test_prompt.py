@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from medseg.cli import app
-from medseg.cli.prompt import gather
+from medseg.cli.prompt_words import gather
 from medseg.config import Config
 from medseg.errors import MedsegError
 from medseg.io import read, write
@@ -258,6 +258,54 @@ def test_a_file_of_prompts_does_many_and_its_failures_have_their_own_code() -> N
     assert "-o FOLDER" in str(run("cases.yaml", code=5).exception)
 
 
+def test_a_file_of_prompts_goes_on_with_what_is_left() -> None:
+    source = image()
+    Path("bad.nii.gz").write_bytes(b"no image")
+    Path("cases.yaml").write_text(
+        "coordinates: voxel\nsheets: false\ncases:\n"
+        "- {image: image.nii.gz, objects: {liver: [{point: [8, 7, 5]}]}}\n"
+        "- {image: bad.nii.gz, objects: {liver: [{point: [8, 7, 5]}]}}\n"
+    )
+    first = run("cases.yaml", "-o", "many", code=3)
+    assert "--resume" in str(first.exception) and "1 done, 1 failed" in first.stderr
+    Path("bad.nii.gz").write_bytes(source.read_bytes())
+    again = run("cases.yaml", "-o", "many", "--resume")
+    assert again.stdout.splitlines() == [
+        first.stdout.splitlines()[0].replace("done   ", "skipped"),
+        again.stdout.splitlines()[1],
+    ]
+    assert again.stdout.splitlines()[1].startswith("done    many/bad.nii.gz")
+    assert "1 done, 1 done before" in again.stderr
+    said = json.loads(run("cases.yaml", "-o", "many", "--resume", "--json").stdout)
+    assert said["counts"] == {"done": 0, "skipped": 2, "failed": 0}
+
+
+# Options that would be silently without effect: a file of prompts says them itself, or they are of one image.
+BESIDE_FILE = {
+    "--box=1,2,3,4,5,6": "--box is not for a file of prompts, which says it itself",
+    "--channel=0": "--channel is not for a file of prompts, which says it itself",
+    "--session=s": "--session is about one image",
+    "--undo=0": "--undo is about one image",
+    "--dry-run": "--dry-run is about one image",
+}
+
+
+@pytest.mark.parametrize("option", BESIDE_FILE)
+def test_an_option_that_a_file_of_prompts_would_not_hear_is_refused(option: str) -> None:
+    Path("cases.yaml").write_text("cases: [{image: a.nii.gz, objects: {a: [{point: [1, 2, 3]}]}}]")
+    assert BESIDE_FILE[option] in sentence("cases.yaml", "-o", "many", option, code=5)
+
+
+def test_a_sheet_replaces_neither_image_nor_label_map() -> None:
+    pixels = np.random.default_rng(0).integers(0, 200, (30, 20, 1)).astype(np.uint8)
+    source = image("cell.png", pixels, np.eye(4))
+    before = source.read_bytes()
+    words = (source, "--voxel", "--point", "8,7,0")
+    assert "would replace the image" in sentence(*words, "--sheet", "cell.png", code=5)
+    assert "would replace the label map" in sentence(*words, "-o", "x.png", "--sheet", "x.png", code=5)
+    assert source.read_bytes() == before and not Path("x.png").exists()
+
+
 # What goes wrong, what is said, and the exit code: data 4, settings 5, weights 6 or 10, output 9.
 MISTAKES: dict[str, tuple[tuple[object, ...], str, int]] = {
     "outside": (("--point", "500,0,0"), r"outside of the volume.* run from", 4),
@@ -284,6 +332,9 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str, int]] = {
     "wrong weights": ((*POINT, "--weights", "mobile-sam"), "NAME=FILE", 5),
     "unknown weights": ((*POINT, "--weights", "mobil-sam=x"), "Did you mean mobile-sam", 10),
     "everything and a click": ((*POINT, "--everything"), "by itself", 5),
+    "everything and a plan": (("--everything", "--dry-run"), "does not go with --everything", 5),
+    "everything and a name": (("--everything", "--object", "liver"), "--object does not go with", 5),
+    "resume of one image": ((*POINT, "--resume"), "goes on with --session", 5),
     "undo of nothing": ((*POINT, "--undo", "1"), "--session", 5),
     "no such channel": ((*POINT, "--channel", "3"), "channel 3", 4),
 }

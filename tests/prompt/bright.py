@@ -62,7 +62,7 @@ def scene_of(mask: BoolArray) -> Scene:
 def models_of(scene: Scene) -> tuple[Models, Bright]:
     """Return models whose networks all are one stand-in, and it."""
     models, fake = Models.open(scene), Bright(scene)
-    for size in (None, 256, 512, models.click_size):
+    for size in (None, 256, 512):
         for asset in (models.lite, models.clicks):
             models.ready[asset, size] = fake
     return models, fake

@@ -33,7 +33,7 @@ def fake_propagate(models: Any, target: Target, propagator: str, config: Config 
     for prompt in log.progress(fresh, "fake"):
         stamp = _stamp(scene, prompt, radius)
         positive = getattr(prompt, "positive", True)
-        region = union(scene.shape, [region, stamp]) if positive else subtract(region, stamp)
+        region = union(region, stamp) if positive else subtract(region, stamp)
     region = _limit(region, target)
     if target.forbidden is not None:
         region = subtract(region, target.forbidden)

@@ -136,6 +136,54 @@ def test_a_wrong_file_is_one_sentence_that_names_the_place(text: str, message: s
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("cases: {image: a.nii.gz}", "cases: expected a list"),
+        ("cases: [{image: a.nii.gz, objects: {a: [[1, 2, 3]]}}]", "prompts.0: expected a mapping"),
+        ("cases: [{image: a.nii.gz, objects: {a: [{point: 1}]}}]", "point: expected a list"),
+        (
+            "cases: [{image: a.nii.gz, objects: {a: [{point: [1, 2, 3]}], a: [{point: [4, 5, 6]}]}}]",
+            "line 1: the key 'a' is there twice",
+        ),
+        (
+            '{"cases": [{"image": "a.png", "objects": {"a": [{"like": "b"}], "a": [{"like": "c"}]}}]}',
+            "the key 'a' is there twice",
+        ),
+    ],
+)
+def test_a_wrong_file_is_said_in_the_words_of_yaml_and_once(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_prompts(path)
+    assert message in str(caught.value) and "at least 1 item" not in str(caught.value)
+
+
+def test_shared_voxels_have_nobody_to_ask(tmp_path: Path) -> None:
+    rows = prompt_cases(
+        write_shared(tmp_path, overlap="ask"), tmp_path / "out", propagate=propagate, resume=True
+    )
+    assert [row.status for row in rows] == ["failed"]
+    assert "Use overwrite" in rows[0].error and not (tmp_path / "out" / "straight.nii.gz").exists()
+
+
+def write_shared(folder: Path, **values: Any) -> Path:
+    """Write prompts for two objects that share voxels."""
+    write(noise(GEOMETRIES["straight"]), folder / "straight.nii.gz")
+    objects = {"a": [{"point": [4, 4, 4]}], "b": [{"point": [5, 4, 4]}]}
+    path = folder / "prompts.yaml"
+    content = {"coordinates": "voxel", "cases": [{"image": "straight.nii.gz", "objects": objects}]}
+    path.write_text(yaml.safe_dump({**content, **values}))
+    return path
+
+
+def test_the_name_of_a_file_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Give a folder"):
+        prompt_cases(write_shared(tmp_path), tmp_path / "out.nii.gz", propagate=propagate)
+    assert not (tmp_path / "out.nii.gz").exists()
+
+
 def test_a_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     path = write_cases(tmp_path)
     path.write_text(path.read_text().replace("name: tilted", "name: ../tilted"))

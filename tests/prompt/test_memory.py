@@ -11,10 +11,12 @@ import torch
 
 from medseg import log
 from medseg.errors import Cancelled, DataError
+from medseg.files import sha256_file
 from medseg.prompt import memory, propagate
 from medseg.prompt.embeddings import EmbeddingCache
 from medseg.prompt.memory import Follower, MemoryConfig, Ring, closest, pack, serves, unpack
 from medseg.prompt.prompts import Mask, Prompt
+from medseg.prompt.provenance import models_at_work
 from medseg.prompt.regions import Region
 from medseg.prompt.scene import Scene
 from medseg.prompt.slicewise import Models, Zoom
@@ -268,6 +270,8 @@ def test_a_given_file_is_loaded_once_and_its_features_are_cached(
     first = propagate(models, target, "memory", config)
     loaded = memory.network(models, config)
     assert memory.network(Models.open(scene, given=models.given), config) is loaded
+    (known,) = models_at_work(models)
+    assert known["name"] == "medsam2" and known["sha256"] == sha256_file(tmp_path / "small.pt")
     monkeypatch.setattr(loaded, "encode", None)  # would raise if it were called
     assert propagate(models, target, "memory", config).region == first.region
 

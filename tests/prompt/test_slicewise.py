@@ -4,13 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg.errors import BundleError
-from medseg.nets.sam import SPECS
+from medseg.nets.sam import SPECS, build_sam
+from medseg.nets.sam_bundle import Card, save_tuned
 from medseg.prompt import propagate
+from medseg.prompt.automatic import AutomaticConfig, ask_clicks
 from medseg.prompt.frame import Frame, resize_area
+from medseg.prompt.known import VolumeConfig
 from medseg.prompt.segmenter import SlicePrompts
 from medseg.prompt.slicewise import (
     BoxConfig,
@@ -158,6 +162,32 @@ def test_networks_are_loaded_when_asked_once_for_all_scenes(mobile_sam_path: Pat
     assert other.weights("mobile-sam") is models.weights("mobile-sam")
     with pytest.raises(BundleError, match="mobile-sam"):
         Models.open(scene, given={"lite-medsam": mobile_sam_path}).box_segmenter  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def tuned_at_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tuned") / "bundle"
+    save_tuned(folder, build_sam("mobile-sam"), Card(base="mobile-sam", base_sha256="", licence="", size=64))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["volume", "mask", "points", "consensus"])
+def test_a_fine_tuned_bundle_is_asked_at_the_size_of_its_training(name: str, tuned_at_64: Path) -> None:
+    scene = scene_of(tube((40, 40, 6), 1, 4))
+    models = Models.open(scene, given={"mobile-sam": tuned_at_64})
+    box = box_of(scene, (13, 13, 3), (28, 28, 4), "axial")
+    propagate(models, Target((box,), 2, limits=(2, 4)), name)
+    assert set(models.ready) == {("mobile-sam", 64)}
+
+
+def test_a_size_that_the_user_says_outdoes_that_of_the_training(tuned_at_64: Path) -> None:
+    scene = scene_of(tube((40, 40, 6), 1, 4))
+    models = Models.open(scene, given={"mobile-sam": tuned_at_64})
+    ask_clicks(models, AutomaticConfig())
+    ask_clicks(models, AutomaticConfig(size=128))
+    propagate(models, Target((click(scene, 20, 20, 3),), 2), "volume", VolumeConfig(size=256))
+    assert set(models.ready) == {("mobile-sam", size) for size in (64, 128, 256)}
 
 
 def test_nothing_is_encoded_twice(mobile_sam_path: Path) -> None:

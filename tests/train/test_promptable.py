@@ -107,7 +107,7 @@ def test_the_bundle_says_where_it_comes_from_and_takes_the_place_of_the_publishe
     assert card.provenance["samples"] == 24 and card.recipe["steps"] == 50
     scene = Scene.of(read(next((dataset / "images").iterdir())), (0.0, 200.0))
     models = Models.open(scene, given={"mobile-sam": finished / "bundle"})
-    models.click_size = card.size
+    assert models.click_segmenter.size == card.size  # type: ignore[attr-defined]
     found = models.click_segmenter.predict(2, 4, SlicePrompts(box=(2.5, 2.5, 18.5, 18.5)))
     assert np.isfinite(found.logits).all()
     (known,) = models_at_work(models)

@@ -8,8 +8,8 @@ import torch
 
 from medseg.nets.refiner import CHANNELS, GRID, Refiner, ball, show
 from medseg.train.refiner import Recipe, loss_of, train
-from medseg.train.refiner_samples import draw_sample, make_source, mark_clicks, shown
-from medseg.train.shapes import draw_label_map, smooth_noise
+from medseg.train.refiner_samples import draw_sample, make_source, mark_click, shown
+from medseg.train.shapes import draw_label_map, draw_regions, smooth_noise
 
 RECIPE = Path("configs/prompt/refiner.yaml")
 
@@ -45,9 +45,33 @@ def test_clicks_fall_into_errors_with_their_sign() -> None:
     truth = np.zeros((GRID,) * 3, bool)
     truth[10:20, 10:20, 10:20] = True
     wrong = np.roll(truth, 12, axis=0)
-    clicks, made = mark_clicks(wrong, truth, 2, np.random.default_rng(0))
-    assert made == 2
-    assert truth[(clicks > 0).numpy()].mean() > 0.5 and wrong[(clicks < 0).numpy()].mean() > 0.5
+    clicks = torch.zeros(GRID, GRID, GRID)
+    assert mark_click(clicks, wrong, truth, np.random.default_rng(0))
+    assert mark_click(clicks, wrong & ~(clicks < 0).numpy(), truth, np.random.default_rng(0))
+    marked = clicks.numpy()
+    assert (marked != 0).any() and (truth[marked > 0]).all() and (wrong[marked < 0]).all()
+    assert not mark_click(clicks, truth, truth, np.random.default_rng(0))
+
+
+def test_regions_follow_the_edges_of_an_image() -> None:
+    truth = np.zeros((40, 40, 40), bool)
+    truth[10:30, 12:28, 10:30] = True
+    image = np.where(truth, 1.0, 0.2) + np.random.default_rng(0).normal(0, 0.01, truth.shape)
+    found = draw_regions(image.astype(np.float32), np.random.default_rng(1))
+    inside = found[truth]
+    main = np.bincount(inside[inside > 0]).argmax()
+    assert (found[truth] == main).mean() > 0.8 and (found[~truth] == main).mean() < 0.1
+
+
+def test_the_floods_agree_on_a_ball_and_differ_along_a_rod() -> None:
+    at = np.indices((GRID,) * 3) - 19.5
+    for name, depth in (("ball", 8 - np.sqrt((at**2).sum(0))), ("rod", 8 - np.hypot(at[0], at[1]))):
+        image = torch.from_numpy((depth > 0).astype(np.float32))
+        mask, box, none = torch.zeros(3, GRID, GRID, GRID)
+        mask[:, :, 20] = box[:, :, 20] = image[:, :, 20] * 2 - 1
+        shown_flood = show(image, mask, box, none, none)[-1].numpy()
+        inside = shown_flood[depth > 1]
+        assert (inside > 0.9).all() if name == "ball" else 0.1 < (inside < 0.9).mean() < 0.9
 
 
 def test_a_ball_at_the_border_is_cut() -> None:
