@@ -24,6 +24,9 @@ CHUNK = 1 << 22
 # Rounded votes are kept within this many steps, which whole numbers hold.
 FARTHEST = 2.0**50
 
+FAR = "voxels whose vote is far from any centre"
+"""Why voxels without an object are dropped."""
+
 Unassigned = Literal["grow", "drop"]
 
 
@@ -102,9 +105,7 @@ def group_votes(
         )
         labels[far] = labels[tuple(axis[far] for axis in where)]
         return Grouped(labels, lost_voxels)
-    return Grouped(
-        labels, lost_voxels, (Dropped("voxels whose vote is far from any centre", 0, lost_voxels),)
-    )
+    return Grouped(labels, lost_voxels, (Dropped(FAR, 0, lost_voxels),))
 
 
 def count_votes(
