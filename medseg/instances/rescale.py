@@ -98,7 +98,7 @@ def set_channels(image: Array, channels: int) -> Array:
     if found in (2, 4) and channels in (1, 3):  # an alpha channel shows nothing
         return set_channels(image[:-1], channels)
     if found == 3 and channels == 1:
-        return image.mean(axis=0, keepdims=True)
+        return np.asarray(image.mean(axis=0, keepdims=True))
     raise ConfigError(f"image with {found} channels: the model takes {channels}. Choose a channel.")
 
 

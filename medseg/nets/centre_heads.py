@@ -40,8 +40,8 @@ class CentreHeads:
 
         The distance is 1 in the middle of an object and 0 outside; the offset is in usual radii of objects.
         """
-        logits, distance, offset = outputs.split((self.classes, 1, self.dimensions), dim=1)
-        return logits, distance, offset
+        end = self.classes + 1
+        return outputs[:, : self.classes], outputs[:, self.classes : end], outputs[:, end:]
 
 
 def build_centre_network(architecture: "Architecture", in_channels: int, classes: int) -> "nn.Module":

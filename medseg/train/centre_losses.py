@@ -4,6 +4,8 @@ Source: Cheng et al., Panoptic-DeepLab, CVPR 2020 (arXiv 1911.10194), section 3.
 error of the map with its maxima in centres, absolute error of offsets inside of objects.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,16 +16,19 @@ from medseg.train.config import LossConfig
 from medseg.train.losses import class_loss
 
 
-def centre_loss(outputs: Tensor, goal: Tensor, heads: CentreHeads, weights: CentreLoss) -> Tensor:
+def centre_loss(
+    outputs: Tensor | Sequence[Tensor], goal: Tensor, heads: CentreHeads, weights: CentreLoss
+) -> Tensor:
     """Return the weighted sum of the three terms.
 
     Parameters
     ----------
-    outputs : (n, heads.channels, ...)
+    outputs : (n, heads.channels, ...), or a list with these first
     goal : (n, 2 + dimensions, ...) float
         Class, distance, and offset in typical radii.
     """
-    semantic, distance, offset = loss_terms(outputs, goal, heads, weights)
+    finest = outputs if isinstance(outputs, Tensor) else outputs[0]
+    semantic, distance, offset = loss_terms(finest, goal, heads, weights)
     return weights.semantic * semantic + weights.distance * distance + weights.offset * offset
 
 

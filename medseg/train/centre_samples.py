@@ -151,7 +151,7 @@ def _weights(cases: Sequence[CentreCase], config: CentreConfig) -> FloatArray:
         colour = np.array([case.colour for case in cases])
         for name, share in config.groups.items():
             members = colour == (name == "colour")
-            weights[members] = share / max(1, np.count_nonzero(members))
+            weights[members] = share / max(1, int(np.count_nonzero(members)))
     return np.asarray(weights / weights.sum())
 
 
@@ -159,7 +159,7 @@ def _draw_middle(case: CentreCase, rng: np.random.Generator, forced: bool) -> Fl
     shape = np.array(case.labels.shape)
     if forced and len(case.middles):
         jitter = rng.normal(0, 10, len(shape)) * case.step
-        return np.clip(case.middles[int(rng.integers(len(case.middles)))] + jitter, 0, shape - 1)
+        return np.asarray(np.clip(case.middles[int(rng.integers(len(case.middles)))] + jitter, 0, shape - 1))
     return np.asarray(rng.uniform(0, 1, len(shape)) * (shape - 1))
 
 
@@ -187,7 +187,6 @@ def read_patch(
     n = len(patch)
     offsets = np.stack(np.meshgrid(*[np.arange(p) - (p - 1) / 2 for p in patch], indexing="ij"))
     places = np.tensordot(matrix, offsets, 1) + np.reshape(middle, (n, *[1] * n))
-    labels = np.zeros(patch, np.int32)
     index, copy = [], np.zeros(patch, np.int32)
     grid = np.empty((n, *patch), np.float32)
     for axis, size in enumerate(case.labels.shape):
@@ -195,7 +194,7 @@ def read_patch(
         index.append(np.clip(np.rint(folded), 0, size - 1).astype(np.int64))
         copy = copy * 3 + turn
         grid[n - 1 - axis] = (2 * folded + 1) / size - 1  # grid_sample wants the last axis first
-    labels = case.labels[tuple(index)]
+    labels: IntArray = case.labels[tuple(index)]
     if copy.any():
         labels = np.where(labels > 0, labels + copy * (int(case.labels.max()) + 1), 0)
     image = F.grid_sample(

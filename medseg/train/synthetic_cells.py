@@ -43,7 +43,7 @@ class SyntheticSampler:
         rng = np.random.default_rng([self.config.seed, int(self.train), number])
         scene = self.settings.synthetic
         assert scene is not None  # chosen by the recipe
-        labels = np.zeros(self.patch, np.int32)
+        labels: IntArray = np.zeros(self.patch, np.int32)
         if forced or rng.random() > 0.05:
             labels = draw_cells(self.patch, scene, rng)
         image = paint_cells(labels, scene, rng)
@@ -149,11 +149,11 @@ def paint_cells(labels: IntArray, config: SyntheticConfig, rng: np.random.Genera
     if rng.random() < 0.3:  # bright or dark rims
         depth = ndimage.gaussian_filter(cells.astype(np.float32), 1.5)
         inside *= 1 + float(rng.uniform(-0.6, 0.8)) * (1 - depth)
-    image = inside + _surroundings(labels, rng)
+    image: FloatArray = inside + _surroundings(labels, rng)
     image = _blur(image, config, rng)
     image = _add_noise(image, config, rng)
     low, high = np.percentile(image, (0.1, 99.9))
-    image = (image - low) / max(float(high - low), 1e-6)
+    image = np.asarray(image - low) / max(float(high - low), 1e-6)
     power = float(np.exp(rng.uniform(-0.5, 0.5)))
     bent = np.sign(image) * np.abs(image) ** power
     return np.asarray(np.clip(bent, -1, 2), np.float32)
