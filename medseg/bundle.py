@@ -131,6 +131,20 @@ class Bundle:
         extra = len(self.labels.foreground_values) if self.settings.previous_stage else 0
         return len(self.plan.channels) + extra
 
+    @property
+    def task(self) -> str:
+        """What the outputs mean: ``segment`` (labels), or ``centre-offset`` (objects by their centres)."""
+        return str(self.card.get("task", "segment"))
+
+    @property
+    def n_outputs(self) -> int:
+        """Channels of the network's output."""
+        if self.task == "segment":
+            return self.labels.n_outputs
+        from medseg.nets.centre_heads import CentreHeads
+
+        return CentreHeads(self.labels.n_outputs, self.settings.dimensions).channels
+
     def state_dict(self, fold: str) -> StateDict:
         """Return the weights of one fold.
 
@@ -155,7 +169,7 @@ class Bundle:
 
         weights = self.state_dict(fold)
         network = build_network(
-            self.settings.architecture, self.in_channels, self.labels.n_outputs, deep_supervision=False
+            self.settings.architecture, self.in_channels, self.n_outputs, deep_supervision=False
         )
         try:
             network.load_state_dict(weights)

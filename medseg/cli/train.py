@@ -24,7 +24,8 @@ def train(
     task: Annotated[
         str,
         typer.Option(
-            help="segment, or promptable: fine-tune MobileSAM to answer boxes and clicks on DATASET."
+            help="segment; promptable: fine-tune MobileSAM to answer boxes and clicks on DATASET; or "
+            "centre-offset: find objects, whose numbers its label maps hold."
         ),
     ] = "segment",
     fold: Annotated[str, typer.Option(help="0 to 4, or all.")] = "0",
@@ -32,7 +33,7 @@ def train(
         float | None, typer.Option(min=0.05, help="Finish in this time, learning rate annealed.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
-    recipe: Annotated[str | None, typer.Option(help="nnunet, cpu, promptable, or a YAML file.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="nnunet, cpu, the task's name, or a YAML file.")] = None,
     pretrained: Annotated[
         Path | None, typer.Option(help="Bundle to fine-tune from; for promptable also a file of weights.")
     ] = None,
@@ -54,14 +55,14 @@ def train(
         "splits": splits,
     }
     planned = {"plan": plan, "preset": preset, "configuration": configuration}
-    if task == "promptable":
-        _refuse({**planned, "previous": previous})
+    if task in OTHER_TASKS:
+        _refuse(task, {**planned, "previous": previous})
         chosen["pretrained"] = pretrained
         limits: dict[str, object] = {"max_minutes": max_minutes, "resume": resume, "device": device}
-        _tune(dataset, out, chosen, limits, dry_run, json)
+        OTHER_TASKS[task](dataset, out, chosen, limits, dry_run, json)
         return
     if task != "segment":
-        raise ConfigError(f"--task {task}: expected segment or promptable.")
+        raise ConfigError(f"--task {task}: expected segment, {' or '.join(OTHER_TASKS)}.")
     from medseg.train import describe, fit
 
     chosen |= planned
@@ -89,14 +90,14 @@ def train(
         typer.echo(f"  Dice {name}: {dice:.4f}" if dice is not None else f"  Dice {name}: no case has it")
 
 
-def _refuse(planned: dict[str, object]) -> None:
+def _refuse(task: str, planned: dict[str, object]) -> None:
     from medseg.errors import ConfigError
 
     given = [f"--{name}" for name, value in planned.items() if value is not None]
     if given:
         raise ConfigError(
-            f"{', '.join(given)}: --task promptable has no plan. Leave it out; settings go into --recipe or "
-            "behind the dataset, e.g. lora.rank=4."
+            f"{', '.join(given)}: --task {task} has no plan file. Leave it out; settings go into --recipe or "
+            "behind the dataset, e.g. seed=4."
         )
 
 
@@ -126,6 +127,37 @@ def _tune(
     typer.echo("Dice on slices of held-out cases, after a jittered box and after each click:")
     for name in ("before", "after"):
         typer.echo(f"  {name:<7}" + "".join(f"{dice:8.4f}" for dice in summary[name]["dice"]))
+
+
+def _find_objects(
+    dataset: Path,
+    out: Path,
+    chosen: dict[str, object],
+    limits: dict[str, object],
+    dry_run: bool,
+    json: bool,
+) -> None:
+    """Train a network that finds objects and say how many it finds."""
+    from medseg.train.centre import describe_centre, train_centre
+
+    if dry_run:
+        facts = describe_centre(dataset, out, **chosen)
+        typer.echo(json_module.dumps(facts, indent=1) if json else _readable(facts))
+        return
+    bundle = train_centre(dataset, out, **chosen, **limits)  # type: ignore[arg-type]
+    folder = out / f"fold_{chosen['fold']}"
+    summary = json_module.loads((folder / "result.json").read_text())
+    if json:
+        typer.echo(json_module.dumps(summary))
+        return
+    typer.echo(f"Bundle: {bundle}")
+    typer.echo(f"Report: {folder / 'report.html'}")
+    for threshold, accuracy in summary["accuracy"].items():
+        typer.echo(f"  TP/(TP+FP+FN) at IoU {threshold}, all objects of held-out cases: {accuracy:.4f}")
+
+
+# Tasks besides labels: what trains each.
+OTHER_TASKS = {"promptable": _tune, "centre-offset": _find_objects}
 
 
 def stop(run: Annotated[Path, typer.Argument(help="Run folder of a training in progress.")]) -> None:

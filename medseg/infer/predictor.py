@@ -350,6 +350,10 @@ def _list_bundles(given: Any) -> tuple[Bundle, ...]:
                 f"{each}: expected a bundle. Open a path with medseg.load_model first; a model of MONAI is "
                 "for medseg.infer.make_predictor([model])."
             )
+        if each.task != "segment":
+            raise BundleError(
+                f"{each}: finds objects ({each.task}), not labels. Use it with medseg.instances.models."
+            )
     return bundles
 
 

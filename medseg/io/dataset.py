@@ -86,10 +86,14 @@ class Dataset:
         return {**result, "numTraining": self.num_training, "file_ending": self.file_ending}
 
 
-def open_dataset(path: PathLike) -> Dataset:
+def open_dataset(path: PathLike, labels: LabelSet | None = None) -> Dataset:
     """Open an nnU-Net raw folder, an MSD task, ``images/`` + ``labels/``, or a CSV manifest.
 
     Images are not read, except a few where no description names channels and labels.
+
+    Parameters
+    ----------
+    labels : what label values mean, whatever a description says: label maps of objects hold their numbers
 
     Raises
     ------
@@ -98,7 +102,7 @@ def open_dataset(path: PathLike) -> Dataset:
     LabelError
         The label values or names do not fit together.
     """
-    layout = read_layout(Path(path))
+    layout = read_layout(Path(path), labels)
     _drop_orphan_labels(layout)
     errors = [f for f in layout.findings if f.severity == "error" and f.code in BLOCKING]
     if errors:

@@ -121,8 +121,12 @@ class Layout:
         self.findings.append(Finding(severity, case, code, message, remedy))
 
 
-def read_layout(path: Path) -> Layout:
+def read_layout(path: Path, labels: LabelSet | None = None) -> Layout:
     """Find out which of the four layouts `path` has and read it.
+
+    Parameters
+    ----------
+    labels : taken in place of what a description or the label maps say
 
     Raises
     ------
@@ -138,7 +142,7 @@ def read_layout(path: Path) -> Layout:
     layout.training.sort(key=lambda case: case.name)
     layout.test.sort(key=lambda case: case.name)
     _name_patients(layout)
-    _complete(layout)
+    _complete(layout, labels)
     _check_names(layout)
     _check_partners(layout)
     return layout
@@ -547,7 +551,7 @@ def _patient_mapping(given: object) -> dict[str, str]:
     return mapping
 
 
-def _complete(layout: Layout) -> None:
+def _complete(layout: Layout, labels: LabelSet | None = None) -> None:
     """Fill in file ending, channels, labels and reader where the description does not say."""
     images = [path for case in layout.training for path in case.images]
     layout.file_ending = layout.file_ending or _common_suffix(images)
@@ -559,7 +563,7 @@ def _complete(layout: Layout) -> None:
             f"Known: {' '.join(READERS)}.",
         )
     layout.channels = layout.channels or _channel_names(layout) or _guess_channels(layout)
-    layout.labels = _read_labels(layout) if layout.training else None
+    layout.labels = labels or (_read_labels(layout) if layout.training else None)
     layout.reader = _choose_reader(layout, images)
 
 

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from medseg.labels import LabelSet
 from medseg.train import losses, state
 from medseg.train.config import OptimizerConfig, TrainConfig
 from medseg.train.parallel import SplitBatch, is_per_sample
-from medseg.train.samples import Sampler, batches, to_target, validation_batches
+from medseg.train.samples import PatchSource, batches, to_target, validation_batches
 
 COMPLETE = "the schedule is complete"
 BAR_STEPS = 1000  # of the progress bar: a run may be limited by steps or by time
@@ -41,6 +41,8 @@ class Job:
     folder : where state, log and best weights are kept
     key : hash of everything that must agree on resume
     limit_seconds : end the schedule after this much time; None runs all steps
+    loss, counts : how outputs are judged where not as classes or regions: the counterparts of
+        :func:`total_loss` and :func:`overlap_counts`
     """
 
     network: nn.Module
@@ -48,13 +50,19 @@ class Job:
     config: TrainConfig
     batch_size: int
     batch_dice: bool
-    train: Sampler
-    validation: Sampler | None
+    train: PatchSource
+    validation: PatchSource | None
     folder: Path
     key: str
     title: str
     limit_seconds: float | None = None
     resume: bool = False
+    loss: "Loss | None" = None
+    counts: "Counts | None" = None
+
+
+Loss = Callable[[Tensor | Sequence[Tensor], Tensor, Job, bool], Tensor]
+Counts = Callable[[Tensor, Tensor, LabelSet], Tensor]
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,8 @@ class Session:
         set_learning_rate(self.optimizer, config, fraction)
         images = images.to(self.fabric.device, non_blocking=True)
         outputs = self.network(images)
-        loss = total_loss(outputs, segs.to(self.fabric.device), self.job, self.fabric.world_size > 1)
+        judge = self.job.loss or total_loss
+        loss = judge(outputs, segs.to(self.fabric.device), self.job, self.fabric.world_size > 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         self.fabric.clip_gradients(
@@ -238,7 +247,7 @@ class Session:
             )
         return loss
 
-    def validate(self, sampler: Sampler) -> dict[str, float]:
+    def validate(self, sampler: PatchSource) -> dict[str, float]:
         """Return Dice per foreground entry, pooled over the validation patches."""
         network = self.average if self.average is not None else self.raw
         network.eval()
@@ -250,7 +259,8 @@ class Session:
             for images, segs in stream:
                 outputs = network(images.to(self.fabric.device, non_blocking=True))
                 logits = outputs[0] if isinstance(outputs, list | tuple) else outputs
-                counts += overlap_counts(logits, segs.to(logits.device), self.job.labels)
+                count = self.job.counts or overlap_counts
+                counts += count(logits, segs.to(logits.device), self.job.labels)
         network.train()
         counts = self.fabric.all_reduce(counts, reduce_op="sum")
         both, predicted, reference = counts.double().cpu().numpy()

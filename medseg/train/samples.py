@@ -48,10 +48,24 @@ class CaseArrays(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One patch, ready for the network: image (c, *patch) float32 and seg (*patch) int16."""
+    """One patch, ready for the network: image (c, *patch) float32 and seg (*patch) int16.
+
+    Where a loss wants more than classes, seg holds what it wants, (k, *patch) float32.
+    """
 
     image: FloatArray
-    seg: IntArray
+    seg: Array
+
+
+class PatchSource(Protocol):
+    """Whatever draws patches for the loop."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """The recipe of the loop."""
+
+    def sample(self, number: int, forced: bool) -> Sample:
+        """Return patch `number` of the run, around an object if `forced`."""
 
 
 class Sampler:
@@ -171,14 +185,14 @@ def read_box(array: Any, low: Sequence[int], size: Sequence[int], fill: float) -
 
 
 def batches(
-    sampler: Sampler, first_step: int, batch_size: int, rank: int, world: int, threads: int
+    sampler: PatchSource, first_step: int, batch_size: int, rank: int, world: int, threads: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this process's share of each global batch, from `first_step` on, made ahead by threads.
 
     Yields
     ------
     images : (share, channel, *patch) float32
-    segs : (share, *patch) int16
+    segs : (share, *patch) int16, or what else the samples hold
 
     Raises
     ------
@@ -215,7 +229,7 @@ def _made(batch: Future[tuple[Tensor, Tensor]], step: int) -> tuple[Tensor, Tens
 
 
 def validation_batches(
-    sampler: Sampler, samples: int, batch_size: int, rank: int, world: int
+    sampler: PatchSource, samples: int, batch_size: int, rank: int, world: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the same validation patches every time, a third of them centred on labelled voxels."""
     for start in range(rank * batch_size, samples, world * batch_size):

@@ -1,0 +1,1 @@
+"""What the shipped models that find objects reach on public images."""

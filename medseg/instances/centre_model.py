@@ -1,0 +1,304 @@
+"""A centre-offset network at work: an image of any size in, objects out.
+
+The image is brought to the size at which the network knows objects, the network goes over it in tiles, and
+its maps, stored once, are read back on the image's own voxels in slabs, where every voxel goes to the centre
+that it points to. So nothing depends on tiles once the maps are there, and no more is held than the maps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cc3d
+import numpy as np
+import torch
+from pydantic import Field
+
+from medseg.config import Config
+from medseg.errors import ConfigError
+from medseg.infer.sliding import Window
+from medseg.instances.centres import FAR, find_centres, group_votes
+from medseg.instances.dropped import Dropped
+from medseg.instances.rescale import Grid, normalise, one_if_equal, read_slab, set_channels, to_grid
+from medseg.nets.centre_heads import CentreHeads
+from medseg.types import Array, FloatArray, IntArray, Shape
+
+# Voxels of the image that are grouped at a time.
+SLAB = 1 << 22
+
+
+class CentreSettings(Config):
+    """What a network needs to know to find objects; kept in the card of its bundle.
+
+    Attributes
+    ----------
+    object_voxels : diameter of objects in the network's voxels
+    diameter : usual diameter of objects, physical, where images have a scale; None: it is estimated or given
+    percentiles : of each channel, which become 0 and 1
+    classes : semantic classes, background included
+    threshold : probability from which a voxel belongs to an object
+    sigma : blur of the votes, in diameters
+    least_votes : votes that make a centre, in voxels of a usual object
+    reach : largest distance of a vote from its centre, in diameters
+    least_content : smaller objects are dropped, in contents of a usual object
+    least_score : and so are those of a lower mean probability
+    """
+
+    object_voxels: float = Field(20.0, gt=0)
+    diameter: float | None = Field(None, gt=0)
+    percentiles: tuple[float, float] = (0.1, 99.9)
+    classes: int = Field(2, ge=2)
+    threshold: float = Field(0.5, gt=0, lt=1)
+    sigma: float = Field(0.08, gt=0)
+    least_votes: float = Field(0.02, ge=0)
+    reach: float = Field(0.75, gt=0)
+    least_content: float = Field(0.03, ge=0)
+    least_score: float = Field(0.0, ge=0, le=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Objects of an image.
+
+    Attributes
+    ----------
+    labels : (*shape) int32
+        Objects 1..K; 0 = background.
+    scores : (K,) float32
+        Mean probability of the voxels of each.
+    diameter : float
+        Of objects, physical, that the image was read with.
+    unassigned : int
+        Voxels of objects whose vote was far from any centre; they are among what was dropped.
+    dropped : tuple of Dropped
+        What was left out.
+    """
+
+    labels: IntArray
+    scores: FloatArray
+    diameter: float
+    unassigned: int
+    dropped: tuple[Dropped, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """What a network says of an image, on its own grid.
+
+    Attributes
+    ----------
+    grid : Grid
+    values : (2 + n, *grid.shape) float16
+        Probability of an object, distance, offset in physical units.
+    """
+
+    grid: Grid
+    values: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class CentreNetwork:
+    """A network, ready to be called, with its settings.
+
+    Attributes
+    ----------
+    call : maps (n, channels, *patch) to outputs
+    channels : of its input
+    patch_size : voxels of a tile
+    settings : CentreSettings
+    device : where `call` computes
+    threads : CPU threads
+    """
+
+    call: Callable[[Any], Any]
+    channels: int
+    patch_size: Shape
+    settings: CentreSettings
+    device: torch.device
+    threads: int
+
+    @property
+    def dimensions(self) -> int:
+        """2 or 3."""
+        return len(self.patch_size)
+
+    def maps(self, image: FloatArray, spacing: Sequence[float], diameter: float) -> Maps:
+        """Return what the network says of a normalised image (channel, *shape)."""
+        n = self.dimensions
+        grid = Grid.of(image.shape[1:], spacing, diameter / self.settings.object_voxels)
+        data = to_grid(image, grid.shape)
+        padding = [(0, max(0, p - m)) for m, p in zip(grid.shape, self.patch_size, strict=True)]
+        data = _reflected(data, padding)
+        heads = CentreHeads(self.settings.classes, n)
+        window = Window(
+            (self.call,),
+            self.patch_size,
+            heads.channels,
+            (),
+            0.5,
+            self.device,
+            self.threads,
+            label="Find objects",
+        )
+        outputs = window.whole(data[:, None] if n == 2 else data, torch.float32)
+        outputs = outputs[:, 0] if n == 2 else outputs
+        kept = tuple(slice(0, m) for m in grid.shape)
+        return Maps(grid, _meaning(outputs[(slice(None), *kept)], heads, diameter / 2))
+
+    def find(self, image: FloatArray, spacing: Sequence[float], diameter: float) -> Found:
+        """Return the objects of a normalised image (channel, *shape)."""
+        return group_maps(self.maps(image, spacing, diameter), diameter, self.settings)
+
+
+def _reflected(data: FloatArray, padding: Sequence[tuple[int, int]]) -> FloatArray:
+    """Return an image at least as large as a tile: it goes on as its mirror image."""
+    if not any(after for _, after in padding):
+        return data
+    return np.pad(data, [(0, 0), *padding], mode="symmetric")
+
+
+def _meaning(outputs: FloatArray, heads: CentreHeads, radius: float) -> FloatArray:
+    """Return probability, distance and physical offset, (2 + n, ...) float16, of outputs (channels, ...)."""
+    values = np.empty((2 + heads.dimensions, *outputs.shape[1:]), np.float16)
+    for row, part in enumerate(outputs.swapaxes(0, 1)):  # a row at a time: nothing as large as all
+        logits = torch.from_numpy(np.ascontiguousarray(part[: heads.classes])).float()
+        values[0, row] = 1 - torch.softmax(logits, 0)[0].numpy()
+        values[1, row] = part[heads.classes]
+        values[2:, row] = np.clip(part[heads.classes + 1 :], -20, 20) * radius
+    return values
+
+
+def group_maps(maps: Maps, diameter: float, settings: CentreSettings) -> Found:
+    """Return the objects that a network's maps show, on the voxels of the image.
+
+    Parameters
+    ----------
+    diameter : of a usual object, physical
+    """
+    centres = find_map_centres(maps, diameter, settings)
+    grid = maps.grid
+    labels = np.zeros(grid.source, np.int32)
+    sums = np.zeros(len(centres) + 1)
+    unassigned = 0
+    rows = max(1, SLAB // max(1, int(np.prod(grid.source[1:]))))
+    for start in range(0, grid.source[0], rows):
+        stop = min(grid.source[0], start + rows)
+        slab = read_slab(maps.values, grid, start, stop)
+        inside = slab[0] >= settings.threshold
+        origin = (start, *[0] * (labels.ndim - 1))
+        grouped = group_votes(
+            inside, slab[2:], centres, grid.source_spacing, settings.reach * diameter, "drop", origin=origin
+        )
+        labels[start:stop] = grouped.labels
+        sums += np.bincount(grouped.labels.ravel(), slab[0].ravel(), minlength=len(sums))
+        unassigned += grouped.unassigned
+    scores = sums / np.maximum(np.bincount(labels.ravel(), minlength=len(sums)), 1)
+    return _clean(labels, scores, unassigned, diameter, settings, grid)
+
+
+def find_map_centres(maps: Maps, diameter: float, settings: CentreSettings) -> FloatArray:
+    """Return where votes agree, (K, n) physical; votes from deep inside of an object count more."""
+    grid = maps.grid
+    inside = maps.values[0] >= settings.threshold
+    weights = np.clip(maps.values[1].astype(np.float32), 0.1, 1)
+    typical = usual_content(diameter, len(grid.shape)) / float(np.prod(grid.spacing))
+    return find_centres(
+        inside,
+        maps.values[2:],
+        grid.spacing,
+        settings.sigma * diameter,
+        weights,
+        settings.least_votes * typical,
+    )
+
+
+def usual_content(diameter: float, dimensions: int) -> float:
+    """Return the area of a disc or the volume of a ball."""
+    return float(np.pi / 4 * diameter**2 if dimensions == 2 else np.pi / 6 * diameter**3)
+
+
+def _clean(
+    labels: IntArray,
+    scores: FloatArray,
+    unassigned: int,
+    diameter: float,
+    settings: CentreSettings,
+    grid: Grid,
+) -> Found:
+    """Keep the largest part of each object, drop the small and the unlikely, and number the rest."""
+    dropped = [Dropped(FAR, 0, unassigned)] if unassigned else []
+    labels, apart = largest_parts(labels)
+    if apart.count:
+        dropped.append(apart)
+    sizes = np.bincount(labels.ravel(), minlength=len(scores))
+    least = (
+        settings.least_content * usual_content(diameter, labels.ndim) / float(np.prod(grid.source_spacing))
+    )
+    small = (sizes > 0) & (sizes < least)
+    unlikely = (sizes > 0) & ~small & (scores < settings.least_score)
+    for rule, wrong in ((f"smaller than {least:.1f} voxels", small), ("low score", unlikely)):
+        wrong[0] = False
+        if wrong.any():
+            dropped.append(Dropped(rule, int(wrong.sum()), int(sizes[wrong].sum())))
+    kept = (sizes > 0) & ~small & ~unlikely
+    kept[0] = False
+    table = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
+    found = np.asarray(scores[kept], np.float32)
+    return Found(table[labels], found, diameter, unassigned, tuple(dropped))
+
+
+def largest_parts(labels: IntArray) -> tuple[IntArray, Dropped]:
+    """Return a label map in which every object is connected, by faces, edges or corners.
+
+    Parts that do not hang together with the largest of their object are left out; of equally large ones the
+    first is kept.
+    """
+    parts = cc3d.connected_components(labels, connectivity=26 if labels.ndim == 3 else 8)
+    sizes = np.bincount(parts.ravel())
+    owner = np.zeros(len(sizes), np.int64)
+    owner[parts.ravel()] = labels.ravel()
+    order = np.lexsort((np.arange(len(sizes)), -sizes, owner))
+    first = np.ones(len(sizes), bool)
+    first[1:] = owner[order][1:] != owner[order][:-1]
+    keep = np.zeros(len(sizes), bool)
+    keep[order[first]] = True
+    lost = ~keep & (owner > 0)
+    result = np.where(keep, owner, 0).astype(np.int32)[parts]
+    return result, Dropped("parts apart from their object", int(lost.sum()), int(sizes[lost].sum()))
+
+
+def channels_first(image: Array, dimensions: int, channel_axis: int | None = None) -> Array:
+    """Return an image as (channel, *shape).
+
+    Parameters
+    ----------
+    image : with as many axes as `dimensions`, or one more of channels
+        Without `channel_axis`, that is the last one if it has 3 or 4, else the first one if it has at most 4.
+
+    Raises
+    ------
+    ConfigError
+        It has another number of axes, or which is that of channels cannot be told.
+    """
+    if image.ndim == dimensions:
+        return image[None]
+    if image.ndim != dimensions + 1:
+        raise ConfigError(
+            f"image of {image.ndim} axes: the model takes {dimensions}, and one of channels. Choose a slice, "
+            "a channel, or another model."
+        )
+    if channel_axis is None:
+        last, first = image.shape[-1] in (3, 4), image.shape[0] <= 4
+        if not last and not first:
+            raise ConfigError(
+                f"image {image.shape}: no axis of 1 to 4 channels. Say which it is (channel_axis)."
+            )
+        channel_axis = -1 if last else 0
+    return np.moveaxis(image, channel_axis, 0)
+
+
+def prepare_image(image: Array, network: CentreNetwork, channel_axis: int | None = None) -> FloatArray:
+    """Return an image as the network is shown it, (channels, *shape) float32, on its own voxels."""
+    shown = one_if_equal(channels_first(image, network.dimensions, channel_axis))
+    shown = normalise(shown, network.settings.percentiles)
+    return np.asarray(set_channels(shown, network.channels), np.float32)

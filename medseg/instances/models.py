@@ -1,0 +1,166 @@
+"""Models that find objects: those in the package, and bundles of ``medseg train --task centre-offset``.
+
+>>> sorted(MODELS)
+['nuclei2d', 'nuclei3d']
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from medseg.bundle import Bundle, load_bundle
+from medseg.errors import BundleError, ConfigError
+from medseg.infer.runtime import choose_runtime, count_threads
+from medseg.instances.centre_model import CentreNetwork, CentreSettings, Found, prepare_image
+from medseg.instances.diameter import estimate_diameter
+from medseg.types import Array, PathLike
+
+MODELS: dict[str, str] = {
+    "nuclei2d": "Nuclei in 2D: fluorescence and H&E (trained on Data Science Bowl 2018, CC0).",
+    "nuclei3d": "Nuclei in 3D fluorescence (trained on synthetic scenes only).",
+}
+"""Models in the package, and what each is for."""
+
+# An image without anything like an object has no size of objects either.
+UNKNOWN_DIAMETER = 24.0
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectModel:
+    """A model that finds objects in images.
+
+    Attributes
+    ----------
+    name : str
+        Of the shipped model, or the path of the bundle.
+    bundle : Bundle
+        Where it came from.
+    network : CentreNetwork
+    """
+
+    name: str
+    bundle: Bundle
+    network: CentreNetwork
+
+    @property
+    def settings(self) -> CentreSettings:
+        """How its maps become objects."""
+        return self.network.settings
+
+    def with_settings(self, **changes: object) -> "ObjectModel":
+        """Return the same model that makes objects in another way, e.g. ``threshold=0.4``."""
+        return replace(self, network=replace(self.network, settings=self.settings.replace(**changes)))
+
+    def segment(
+        self,
+        image: Array,
+        spacing: Sequence[float] | None = None,
+        diameter: float | None = None,
+        channel_axis: int | None = None,
+    ) -> Found:
+        """Find the objects of an image.
+
+        Parameters
+        ----------
+        image : (*shape), or with an axis of channels
+            Grey or RGB, any real dtype; 2D or 3D as the model is.
+        spacing : one number an axis
+            Size of a voxel; 1 if not given. Only ratios matter to a model without a scale of its own.
+        diameter : float, optional
+            Of objects, in the unit of `spacing`. By default that of the model, or it is estimated from the
+            image, which takes about as long again.
+        channel_axis : int, optional
+            Which axis holds channels, where that cannot be told.
+
+        Raises
+        ------
+        ConfigError
+            The image has other axes or channels than the model takes; spacing or diameter is wrong.
+        DataError
+            The image holds values that are not finite.
+        """
+        shown = prepare_image(np.asarray(image), self.network, channel_axis)
+        n = self.network.dimensions
+        size = (1.0,) * n if spacing is None else tuple(map(float, spacing))
+        if len(size) != n or not all(np.isfinite(s) and s > 0 for s in size):
+            raise ConfigError(f"spacing {size}: expected {n} numbers above 0, one an axis.")
+        if not shown.size:
+            return Found(np.zeros(shown.shape[1:], np.int32), np.zeros(0, np.float32), 0.0, 0, ())
+        if diameter is None and spacing is not None:
+            diameter = self.settings.diameter
+        if diameter is None:
+            diameter = estimate_diameter(self.network, shown, size) or UNKNOWN_DIAMETER * min(size)
+        if not np.isfinite(diameter) or diameter <= 0:
+            raise ConfigError(f"diameter {diameter}: expected more than 0.")
+        return self.network.find(shown, size, float(diameter))
+
+
+def load_object_model(
+    name: PathLike, device: str = "auto", precision: str = "auto", threads: int | None = None
+) -> ObjectModel:
+    """Open a shipped model by its name, or a bundle by its path.
+
+    Parameters
+    ----------
+    name : one of :data:`MODELS`, or a bundle or run folder of ``medseg train --task centre-offset``
+    device, precision : as for ``medseg predict``
+    threads : CPU threads; None uses every core that this process may use
+
+    Raises
+    ------
+    BundleError
+        There is none, or it does not find objects.
+    ConfigError
+        The device or precision is not there.
+    """
+    path = find_model(name)
+    return open_object_model(load_bundle(path), str(name), device, precision, threads)
+
+
+def find_model(name: PathLike) -> Path:
+    """Return the path of a shipped model, or the path that was given.
+
+    Raises
+    ------
+    BundleError
+        There is neither.
+    """
+    if str(name) in MODELS:
+        return Path(__file__).parent / "weights" / f"{name}.medseg"
+    if not Path(name).exists():
+        raise BundleError(f"{name}: no such model. Use {', '.join(MODELS)}, or the path of a bundle.")
+    return Path(name)
+
+
+def open_object_model(
+    bundle: Bundle,
+    name: str,
+    device: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    fold: str | None = None,
+) -> ObjectModel:
+    """Make a bundle ready to find objects; parameters as for :func:`load_object_model`.
+
+    Parameters
+    ----------
+    fold : whose weights are used; the first if not given
+
+    Raises
+    ------
+    BundleError
+        It does not find objects.
+    """
+    if bundle.task != "centre-offset":
+        raise BundleError(f"{name}: labels voxels, and does not find objects. Use medseg predict.")
+    settings = CentreSettings.from_dict(dict(bundle.card["settings"]), f"{name}, settings")
+    runtime = choose_runtime(device, precision)
+    cores = count_threads(threads)
+    patch = bundle.settings.patch_size
+    network = bundle.network(fold or bundle.folds[0]).to(runtime.device)
+    ready = runtime.prepare(network, patch, bundle.in_channels, cores, work_voxels=prod(patch))
+    tile = CentreNetwork(ready, bundle.in_channels, patch, settings, runtime.device, cores)
+    return ObjectModel(name, bundle, tile)

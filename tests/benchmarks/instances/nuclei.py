@@ -1,0 +1,117 @@
+"""TP / (TP + FP + FN) of ``nuclei2d`` and ``nuclei3d`` on held-out and never-seen images, beside Otsu.
+
+python -m tests.benchmarks.instances.nuclei 2d|3d DATA [--model BUNDLE] [--diameter true] [--json FILE]
+
+DATA is the folder with nuclei2d_dsb2018, nuclei3d_ovules and nuclei3d_stardist. Of the first, the images that
+the recipe holds out are measured, by kind: fluorescence (bright nuclei), dark (on bright ground), colour.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from scipy import ndimage
+from skimage.feature import peak_local_max
+from skimage.filters import threshold_otsu
+from skimage.segmentation import watershed
+
+from medseg.instances.models import ObjectModel, load_object_model
+from medseg.io import open_dataset
+from medseg.train.centre import OBJECTS, hold_out, open_objects
+from medseg.train.centre_config import CentreConfig
+from medseg.train.centre_measure import match_objects
+from medseg.train.centre_samples import median_diameter
+
+RECIPE = Path(__file__).parents[3] / "configs" / "instances" / "nuclei2d.yaml"
+Row = tuple[str, str, Any, Any, tuple[float, ...]]  # kind, name, image (channel, ...), labels, spacing
+
+
+def cases_2d(data: Path) -> list[Row]:
+    """Return the held-out images of the recipe."""
+    training = open_dataset(data / "nuclei2d_dsb2018", OBJECTS).training
+    _, held = hold_out(training, CentreConfig.load(RECIPE))
+    rows = []
+    for case in held:
+        image, labels, spacing = open_objects(case)
+        grey = image.mean(axis=0)
+        bright = grey[labels > 0].mean() > grey[labels == 0].mean()
+        kind = (
+            "colour"
+            if len(image) > 1 and (image[0] != image[1]).any()
+            else "fluorescence"
+            if bright
+            else "dark"
+        )
+        rows.append((kind, case.name, image, labels, spacing))
+    return rows
+
+
+def cases_3d(data: Path) -> list[Row]:
+    """Return all volumes; none was trained on."""
+    rows = []
+    for case in open_dataset(data / "nuclei3d_ovules", OBJECTS).training:
+        image, labels, spacing = open_objects(case)
+        rows.append(("ovules", case.name, image, labels, spacing))
+    folder = data / "nuclei3d_stardist"
+    image, labels = (tifffile.imread(folder / name) for name in ("img3d.tif", "mask3d.tif"))
+    rows.append(("stardist", "img3d", image[None], labels, (1.0, 1.0, 1.0)))
+    return rows
+
+
+def otsu_and_splitting(image: Any, spacing: tuple[float, ...], footprint: int = 5) -> Any:
+    """Return Otsu's foreground, split by a watershed from peaks of its distance map, untuned."""
+    grey = ndimage.gaussian_filter(image.mean(axis=0).astype(np.float32), 1.0)
+    inside = grey > threshold_otsu(grey)
+    depth = ndimage.distance_transform_edt(inside, sampling=np.asarray(spacing) / min(spacing))
+    peaks = peak_local_max(depth, min_distance=footprint, labels=inside.astype(int), exclude_border=False)
+    seeds = np.zeros(inside.shape, np.int32)
+    seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
+    return watershed(-depth, seeds, mask=inside)
+
+
+def measure(rows: list[Row], model: ObjectModel, knows_diameter: bool) -> dict[str, Any]:
+    """Return counts by method and kind, and a line a case."""
+    pooled: dict[str, Any] = defaultdict(lambda: {t: np.zeros(3, int) for t in (0.5, 0.7)})
+    lines = []
+    for kind, name, image, labels, spacing in rows:
+        diameter = median_diameter(labels, spacing) if knows_diameter else None
+        found = model.segment(image, spacing, diameter=diameter, channel_axis=0)
+        line: dict[str, Any] = {"kind": kind, "name": name, "diameter": round(found.diameter, 3)}
+        line["true diameter"] = round(median_diameter(labels, spacing), 3)
+        for method, result in (("model", found.labels), ("otsu", otsu_and_splitting(image, spacing))):
+            counts = match_objects(labels, result)
+            line[method] = {str(t): [int(c) for c in counts[t]] for t in counts}
+            for t in counts:
+                pooled[f"{method} {kind}"][t] += counts[t]
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+    accuracy = {
+        key: {str(t): round(float(c[0] / max(1, c.sum())), 4) for t, c in each.items()}
+        for key, each in pooled.items()
+    }
+    return {"accuracy": accuracy, "cases": lines}
+
+
+def main() -> None:
+    """Measure what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=["2d", "3d"])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--diameter", choices=["true"], help="tell the model the true size of objects")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    rows = cases_2d(given.data) if given.kind == "2d" else cases_3d(given.data)
+    model = load_object_model(given.model or f"nuclei{given.kind}", threads=1)
+    result = measure(rows, model, given.diameter == "true")
+    print(json.dumps(result["accuracy"], indent=1))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
