@@ -1,0 +1,175 @@
+"""``medseg count``."""
+
+import json as json_module
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from medseg.instances.models import ObjectModel
+
+FLAG = " "
+
+
+class Export(StrEnum):
+    """Further files."""
+
+    GEOJSON = "geojson"
+    ROI = "roi"
+    PARQUET = "parquet"
+
+
+def count(
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", readable=False, help="Images, or folders of images.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT_DIR", help="Folder for the results.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="nuclei2d|nuclei3d|BUNDLE",
+            help="What finds the objects.",
+            show_default="nuclei2d for a picture, nuclei3d for a volume",
+        ),
+    ] = None,
+    pixel_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Where a file does not tell it: '0.5 micron', '0.1 x 0.1 x 0.3 micron'; or 'pixel', to "
+            "measure in pixels.",
+        ),
+    ] = None,
+    diameter: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Of a usual object, in the unit of the image.",
+            show_default="estimated from the image",
+        ),
+    ] = None,
+    regions: Annotated[
+        Path | None, typer.Option(help="Label map to count in (one image): counts and densities.")
+    ] = None,
+    export: Annotated[
+        list[Export] | None, typer.Option(help="Outlines of a picture, or the table for data frames.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="All cores, if not given.")] = None,
+    json: Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print the result as JSON.")] = False,
+) -> None:
+    """Find, count and measure the objects of images: label map, table, picture, and what was dropped.
+
+    Writes NAME_labels, NAME_objects.csv, NAME_overlay.png and NAME_qc.json for each image, and counts.csv.
+    """
+    from medseg.errors import ConfigError
+    from medseg.files import check_writable
+    from medseg.instances.count import write_summary
+
+    check_writable(out, folder=True)
+    paths = _listed(images)
+    if regions is not None and len(paths) > 1:
+        raise ConfigError(f"--regions is for one image, not for {len(paths)}.")
+    rows, failures = _count_all(
+        paths, out, model, pixel_size, diameter, regions, [e.value for e in export or []], threads
+    )
+    if rows:
+        write_summary(rows, out / "counts.csv")
+    if json:
+        typer.echo(json_module.dumps({"images": rows, "failures": failures}))
+    else:
+        for row in rows:
+            typer.echo(_line(row))
+        typer.echo(f"Results: {out}")
+    _settle(failures, len(paths))
+
+
+def _listed(images: list[Path]) -> list[Path]:
+    """Return the files, those of folders included; two of one name would overwrite each other."""
+    from medseg.errors import ConfigError, ReadError
+    from medseg.io.formats import stem_of, suffix_of
+
+    paths: list[Path] = []
+    for given in images:
+        if given.is_dir():
+            found = sorted(p for p in given.iterdir() if p.is_file() and suffix_of(p))
+            if not found:
+                raise ReadError(f"{given}: holds no image that medseg reads.")
+            paths += found
+        else:
+            paths.append(given)
+    names = [stem_of(path) for path in paths]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise ConfigError(f"two images are called {double}: their results would overwrite each other.")
+    return paths
+
+
+def _count_all(
+    paths: list[Path],
+    out: Path,
+    model: str | None,
+    pixel_size: str | None,
+    diameter: float | None,
+    regions: Path | None,
+    export: list[Any],
+    threads: int | None,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Count image after image; one that fails does not stop the others."""
+    from medseg.errors import MedsegError
+    from medseg.instances.count import (
+        PIXELS,
+        count_objects,
+        default_model,
+        describe_counted,
+        read_measured,
+        write_counted,
+    )
+    from medseg.io import read
+    from medseg.io.formats import stem_of
+    from medseg.log import progress
+
+    loaded: dict[str, ObjectModel] = {}
+    rows: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    for path in progress(paths, "Counting"):
+        try:
+            volume = read_measured(path, pixel_size)
+            finder = _open(model or default_model(volume), loaded, threads)
+            inside = None if regions is None else read(regions)
+            found = count_objects(volume, finder, diameter, inside, pixel_size == PIXELS)
+            files = write_counted(found, out, stem_of(path), path, export)
+            rows.append({"image": path.name} | describe_counted(found, files))
+        except MedsegError as error:
+            if len(paths) == 1:
+                raise
+            failures[path.name] = str(error)
+    return rows, failures
+
+
+def _open(name: str, loaded: "dict[str, ObjectModel]", threads: int | None) -> "ObjectModel":
+    from medseg.instances.models import load_object_model
+
+    if name not in loaded:
+        loaded[name] = load_object_model(name, threads=threads)
+    return loaded[name]
+
+
+def _line(row: dict[str, Any]) -> str:
+    dropped = sum(each["count"] for each in row["dropped"])
+    size = row["size"]
+    median = ""
+    if size is not None:
+        kind, unit = size["column"].split("_", 1)
+        median = f", median {kind} {size['median']:.4g} {unit}"
+    left = f", {dropped} dropped (see the QC file)" if dropped else ""
+    return f"{row['image']}: {row['objects']} objects{median}{left}"
+
+
+def _settle(failures: dict[str, str], count: int) -> None:
+    from medseg.errors import PartialFailure
+
+    if failures:
+        name, first = next(iter(failures.items()))
+        raise PartialFailure(f"{len(failures)} of {count} images failed. {name}: {first}")

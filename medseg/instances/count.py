@@ -1,0 +1,221 @@
+"""From an image to its objects, and from objects to a folder of results: what ``medseg count`` does."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from medseg import __version__
+from medseg.errors import ConfigError, DataError
+from medseg.files import write_text
+from medseg.instances.export import (
+    write_csv,
+    write_geojson,
+    write_label_map,
+    write_overlay,
+    write_parquet,
+    write_qc,
+    write_rois,
+)
+from medseg.instances.models import MODELS, ObjectModel
+from medseg.instances.scale import knows_spacing, parse_spacing, require_spacing, with_spacing
+from medseg.instances.schema import Instances, instances_of
+from medseg.instances.table import MeasureConfig, Table, measure_objects, measure_regions
+from medseg.io import read
+from medseg.io.formats import suffix_of
+from medseg.types import PathLike
+from medseg.volume import Volume
+
+Further = Literal["geojson", "roi", "parquet"]
+PIXELS = "pixel"
+# Formats that can hold a label map; of others it is a TIFF.
+_KEPT = {".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """The objects of one image with their measurements.
+
+    Attributes
+    ----------
+    image : Volume
+    instances : Instances
+    table : Table
+        A row an object; of an image without a scale, lengths are in pixels (``..._px``).
+    regions : Table or None
+        A row a region: counts and densities.
+    diameter : float
+        Of objects, as the image was read, in the unit of the image.
+    in_pixels : bool
+        The image has no scale.
+    """
+
+    image: Volume
+    instances: Instances
+    table: Table
+    regions: Table | None
+    diameter: float
+    in_pixels: bool
+
+
+def read_measured(path: PathLike, pixel_size: str | None) -> Volume:
+    """Read an image whose pixels have a size: its own, the given one, or ``pixel`` for none.
+
+    Raises
+    ------
+    GeometryError
+        The file does not tell it, and the caller did not.
+    ConfigError
+        `pixel_size` is no size.
+    """
+    volume = read(path)
+    if pixel_size == PIXELS:
+        return with_spacing(volume, (1.0,), "mm") if knows_spacing(volume) else volume
+    if pixel_size is not None:
+        return with_spacing(volume, *parse_spacing(pixel_size))
+    return require_spacing(volume, Path(path).name)
+
+
+def default_model(volume: Volume) -> str:
+    """Return the shipped model for a picture, or for a volume."""
+    return "nuclei2d" if volume.shape[2] == 1 else "nuclei3d"
+
+
+def count_objects(
+    image: Volume,
+    model: ObjectModel,
+    diameter: float | None = None,
+    regions: Volume | None = None,
+    in_pixels: bool = False,
+    config: MeasureConfig | None = None,
+) -> Counted:
+    """Find and measure the objects of an image.
+
+    Parameters
+    ----------
+    image : Volume
+        A picture (one voxel along k) for a 2D model, a volume for a 3D one; channels as the model takes them.
+    model : ObjectModel
+    diameter : float, optional
+        Of objects, in the unit of the image; estimated from the image if not given.
+    regions : Volume, optional
+        Label map to count in.
+    in_pixels : bool
+        The image has no scale: lengths are called pixels, and the model is told none.
+    config : MeasureConfig, optional
+
+    Raises
+    ------
+    DataError
+        A picture for a 3D model, a volume for a 2D one, or values that are not finite.
+    """
+    flat = image.shape[2] == 1
+    if flat != (model.network.dimensions == 2):
+        kind, other = ("picture", "nuclei2d") if flat else (f"volume of {image.shape[2]} slices", "nuclei3d")
+        raise DataError(
+            f"{model.name} finds objects in {model.network.dimensions}D, and the image is a {kind}. "
+            f"Take --model {other}, or a bundle trained on such images."
+        )
+    array = image.array[..., 0] if flat else image.array
+    spacing = None if in_pixels else image.spacing[: array.ndim - 1]
+    found = model.segment(array, spacing, diameter, channel_axis=0)
+    labels = image.with_array(found.labels.reshape(1, *image.shape))
+    provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
+    instances = instances_of(
+        labels,
+        scores=found.scores,
+        class_names=_class_names(model),
+        dropped=found.dropped,
+        provenance=provenance,
+    )
+    table = measure_objects(instances, image, regions, config=config)
+    areas = None if regions is None else measure_regions(instances, regions)
+    if in_pixels:
+        table = _pixels(table)
+        areas = None if areas is None else _pixels(areas)
+    return Counted(image, instances, table, areas, found.diameter, in_pixels)
+
+
+def _pixels(table: Table) -> Table:
+    """Call lengths pixels, and leave out millilitres."""
+    named = {_pixel_name(name): column for name, column in table.columns.items() if not name.endswith("_ml")}
+    return replace(table, columns=named)
+
+
+def _pixel_name(name: str) -> str:
+    stem, _, unit = name.rpartition("_")
+    return f"{stem}_px{unit[2:]}" if unit[:2] in ("mm", "um") and unit[2:] in ("", "2", "3") else name
+
+
+def write_counted(
+    counted: Counted, folder: PathLike, name: str, source: PathLike, further: Sequence[Further] = ()
+) -> dict[str, Path]:
+    """Write label map, table, picture and QC list as ``NAME_...``; return what was written.
+
+    Raises
+    ------
+    ConfigError
+        Outlines of a volume were asked for: they are for pictures.
+    """
+    instances, place = counted.instances, Path(folder)
+    if instances.ndim == 3 and {"geojson", "roi"} & set(further):
+        raise ConfigError(
+            "outlines (geojson, roi) are of pictures, and the image is a volume. Leave them out."
+        )
+    place.mkdir(parents=True, exist_ok=True)
+    suffix = suffix_of(Path(source))
+    files = {
+        "labels": place / f"{name}_labels{suffix if suffix in _KEPT else '.tif'}",
+        "table": place / f"{name}_objects.csv",
+        "overlay": place / f"{name}_overlay.png",
+        "qc": place / f"{name}_qc.json",
+    }
+    write_label_map(instances, files["labels"])
+    write_csv(counted.table, files["table"])
+    write_overlay(instances, counted.image, files["overlay"], title=f"{len(instances)} objects")
+    write_qc(instances, files["qc"])
+    if counted.regions is not None:
+        files["regions"] = place / f"{name}_regions.csv"
+        write_csv(counted.regions, files["regions"])
+    return files | _write_further(counted, place, name, further)
+
+
+def _write_further(counted: Counted, place: Path, name: str, further: Sequence[Further]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for kind in further:
+        if kind == "parquet":
+            files[kind] = place / f"{name}_objects.parquet"
+            write_parquet(counted.table, files[kind])
+        elif kind == "geojson":
+            files[kind] = place / f"{name}_objects.geojson"
+            write_geojson(counted.instances, files[kind], counted.table)
+        else:
+            files[kind] = place / f"{name}_rois.zip"
+            write_rois(counted.instances, files[kind])
+    return files
+
+
+def describe_counted(counted: Counted, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Return the numbers of an image as plain data."""
+    instances = counted.instances
+    unit = "px" if counted.in_pixels else {"mm": "mm", "micron": "um"}[instances.unit]
+    size = next((n for n in counted.table.columns if n.startswith(("area_", "volume_"))), None)
+    sizes = counted.table.columns[size] if size and len(instances) else np.zeros(0)
+    return {
+        "objects": len(instances),
+        "model": instances.provenance["model"],
+        "unit": unit,
+        "diameter": round(float(counted.diameter), 3),
+        "size": None if not len(sizes) else {"column": size, "median": float(np.median(sizes))},
+        "touching_border": int(np.sum(counted.table.columns["touches_border"])) if len(instances) else 0,
+        "dropped": [{"rule": d.rule, "count": d.count, "voxels": d.voxels} for d in instances.dropped],
+        "files": {kind: str(path) for kind, path in files.items()},
+    }
+
+
+def write_summary(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
+    """Write the counts of several images, a line each."""
+    lines = ["image,objects", *(f"{row['image']},{row['objects']}" for row in rows)]
+    write_text(path, "\n".join(lines) + "\n")
