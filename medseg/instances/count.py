@@ -123,13 +123,8 @@ def count_objects(
     found = model.segment(array, spacing, diameter, channel_axis=0)
     labels = image.with_array(found.labels.reshape(1, *image.shape))
     provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
-    instances = instances_of(
-        labels,
-        scores=found.scores,
-        class_names=_class_names(model),
-        dropped=found.dropped,
-        provenance=provenance,
-    )
+    names = {1: "nucleus"} if model.name in MODELS else {}
+    instances = instances_of(labels, None, found.scores, names, found.dropped, provenance)
     table = measure_objects(instances, image, regions, config=config)
     areas = None if regions is None else measure_regions(instances, regions)
     if in_pixels:
