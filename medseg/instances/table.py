@@ -348,7 +348,7 @@ def _steps(instances: Instances) -> FloatArray:
     if instances.ndim == 3:
         return np.asarray(steps)
     first, second = steps.T
-    long, other = np.linalg.norm(first), np.linalg.norm(second)
+    long, other = float(np.linalg.norm(first)), float(np.linalg.norm(second))
     along = float(first @ second / long)
     return np.array([[long, along], [0.0, np.sqrt(max(other**2 - along**2, 0.0))]])
 
