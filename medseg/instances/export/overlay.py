@@ -7,6 +7,7 @@ the left, front or head up; microscopy is as its array lies, i to the right and 
 
 import colorsys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -222,7 +223,8 @@ def _titled(body: IntArray, title: str) -> "Image":
 
 
 def font_of(size: int) -> Any:
-    """Return Pillow's own font, which every installation has."""
+    """Return a font that has arrows and superscripts: the one that comes with matplotlib."""
+    import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.load_default(size)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
