@@ -44,7 +44,7 @@ class MeasureConfig(Config):
     contacts : bool
         Neighbours and the nearest other object.
     hull : bool
-        Longest diameter in 3D, solidity and extent; half a millisecond or more per object.
+        Longest diameter in 3D, solidity and extent; milliseconds per object.
     percentiles : tuple of float
         Of intensities, in 0..100.
     voxel_extent : bool
