@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # The tightest codec in use (zstd) packs a constant image about 10,000 : 1; more is a damaged header.
 MAX_RATIO = 10_000
+UNKNOWN_SPACING_NOTE = "the TIFF does not tell its voxel size: 1 is assumed"
 # TIFF and PNG hold sizes but neither position nor direction; lengths that agree so far are the same.
 PLAIN_TOLERANCE = 1e-6
 
@@ -221,7 +222,7 @@ def _tiff_spacing(
     else:
         found = None
     if found is None:
-        return (1.0, 1.0, None), "mm", ["the TIFF does not tell its voxel size: 1 is assumed"]
+        return (1.0, 1.0, None), "mm", [UNKNOWN_SPACING_NOTE]
     return *found, []
 
 

@@ -1,0 +1,1 @@
+"""From label maps and networks to objects: found, split, counted."""

@@ -1,0 +1,54 @@
+"""``qc.json``: everything that was dropped and why, what failed, and which objects deserve a look."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from medseg.files import write_text
+from medseg.instances.schema import Instances
+from medseg.instances.sums import sum_objects
+from medseg.types import PathLike
+
+
+def write_qc(instances: Instances, path: PathLike, failures: Sequence[str] = ()) -> None:
+    """Write :func:`describe_qc`."""
+    write_text(path, json.dumps(describe_qc(instances, failures), indent=2, allow_nan=False) + "\n")
+
+
+def describe_qc(instances: Instances, failures: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what happened to objects, as plain data.
+
+    Parameters
+    ----------
+    instances : Instances
+    failures : sentences
+        Tiles that failed and limits that were reached.
+
+    Returns
+    -------
+    dict
+        ``objects`` + ``dropped_objects`` is ``found_objects``. Sizes are volumes, of a picture areas.
+    """
+    unit = "um" if instances.unit == "micron" else "mm"
+    power = instances.ndim
+    steps = instances.geometry.affine[:3, :power]
+    voxel = float(np.sqrt(np.linalg.det(steps.T @ steps)))
+    size = f"{'area' if power == 2 else 'volume'}_{unit}{power}"
+    sums = sum_objects(instances.labels, len(instances))
+    border = ((sums.low == 0) | (sums.high == np.array(instances.labels.shape))).any(axis=1)
+    dropped = sum(each.count for each in instances.dropped)
+    return {
+        "found_objects": len(instances) + dropped,
+        "objects": len(instances),
+        "dropped_objects": dropped,
+        "dropped": [
+            {"rule": each.rule, "count": each.count, "voxels": each.voxels, size: each.voxels * voxel}
+            for each in instances.dropped
+        ],
+        "failures": list(failures),
+        "touch_border": (np.flatnonzero(border) + 1).tolist(),
+        "one_voxel": (np.flatnonzero(instances.voxels == 1) + 1).tolist(),
+        "provenance": instances.provenance,
+    }
