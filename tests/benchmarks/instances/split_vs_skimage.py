@@ -19,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from medseg.instances.components import label_components
 from tests.benchmarks.measure import (
     ONE_THREAD,
     Cost,
@@ -65,7 +66,12 @@ def main() -> None:
         }
     middle = {program: medians(cost) for program, cost in costs.items()}
     evidence = {
-        "phantom": {"objects": per_axis**3, "size": size, "foreground": round(float((truth > 0).mean()), 4)},
+        "phantom": {
+            "objects": per_axis**3,
+            "size": size,
+            "foreground": round(float((truth > 0).mean()), 4),
+            "components": {kind: int(label_components(truth > 0, kind).max()) for kind in (6, 26)},
+        },
         "median": {program: rounded(asdict(cost)) for program, cost in middle.items()},
         "found": found,
         "ratio": {
