@@ -53,7 +53,7 @@ def main() -> None:
         make_phantom(folder / "small", 2, 60)
         measure(command("medseg", folder / "small"), THREADS)  # so that everything is compiled
         truth = make_phantom(folder / "whole", per_axis, size)
-        programs = ("scikit-image", "medseg")
+        programs = ("medseg", "scikit-image")
         costs = alternate(
             {program: command(program, folder / "whole") for program in programs},
             options.rounds or 1,
