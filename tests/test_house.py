@@ -264,6 +264,9 @@ REGISTRIES = {
     "medseg.nets.sam:ENCODERS": "nets.test_sam:test_an_encoder_gives_an_embedding_at_its_stride",
     "medseg.nets:NETS": "nets.test_nets:test_logits_have_the_shape_of_the_patch",
     "medseg.exchange:EXPORTERS": "exchange.test_exporters:test_an_export_is_written_whole_or_not_at_all",
+    "medseg.instances.split:SPLITTERS": (
+        "instances.test_split:test_a_splitter_finds_separate_objects_and_keeps_the_foreground"
+    ),
     "medseg.io:READERS": "io.test_formats:test_a_file_of_something_else_is_one_sentence_with_its_name",
     "medseg.io:WRITERS": "io.test_formats:test_a_written_volume_is_read_back_with_values_type_and_grid",
     "medseg.metrics:METRICS": "metrics.test_registry:test_a_perfect_prediction_has_the_best_value",

@@ -47,7 +47,10 @@ PLACEHOLDERS = {
     "--data": "../shared/data",
     "--golden": "../shared/golden",
 }
-PACKAGES = ("torch", "numpy", "scipy", "monai", "openvino", "SimpleITK", "nnunetv2", "batchgenerators")
+PACKAGES = (
+    *("torch", "numpy", "scipy", "monai", "openvino", "SimpleITK", "nnunetv2", "batchgenerators"),
+    *("scikit-image", "numba", "edt"),
+)
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 Command = Sequence[str]
@@ -294,7 +297,8 @@ def versions(interpreter: Path | None = None) -> dict[str, str]:
 
 def shown_command(arguments: Sequence[str]) -> str:
     """Return the command of this run with the paths of `make bench`."""
-    words = ["python", f"tests/benchmarks/{Path(arguments[0]).name}"]
+    script = Path(arguments[0]).absolute().relative_to(Path(__file__).absolute().parent)
+    words = ["python", f"tests/benchmarks/{script}"]
     rest = iter(arguments[1:])
     for word in rest:
         name, _, value = word.partition("=")

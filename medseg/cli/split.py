@@ -1,0 +1,200 @@
+"""``medseg split``."""
+
+import json as json_module
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from medseg.config import Config
+    from medseg.instances.split import Split
+    from medseg.types import Array
+    from medseg.volume import Unit, Volume
+
+FLAG = " "
+# Of each label, so many counts are shown; the JSON has all.
+SHOWN = 8
+
+
+def split(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", readable=False, help="Mask, label map, or height map (floats).")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="PATH", help="Label map of the objects.")],
+    h_mm: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Depth that a valley between two summits must have; of a height map, in its own unit.",
+            show_default="0.75 of the finest voxel size",
+        ),
+    ] = None,
+    rel: Annotated[
+        float, typer.Option(min=0.0, max=0.999, help="The same as a part of the lower summit; adds to it.")
+    ] = 0.0,
+    method: Annotated[str, typer.Option(help="basins, watershed or components.")] = "basins",
+    min_volume_mm3: Annotated[
+        float, typer.Option(min=0.0, help="Remove smaller objects (mm2 for a single slice), and say so.")
+    ] = 0.0,
+    floor: Annotated[float, typer.Option(help="Foreground of a height map is above it.")] = 0.0,
+    connectivity: Annotated[
+        int, typer.Option(help="26, 18 (components) or 6 neighbours; 8 or 4 in 2D.")
+    ] = 26,
+    spacing: Annotated[
+        str | None, typer.Option(help="Voxel size of a file that has none: '0.5 um', '0.4,0.4,2 um', '1 mm'.")
+    ] = None,
+    height_map: Annotated[
+        bool | None,
+        typer.Option(
+            "--height-map/--label-map",
+            help="What INPUT is, if not what its values say: a label map where all are whole numbers.",
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="All cores, if not given.")] = None,
+    json: Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print the result as JSON.")] = False,
+) -> None:
+    """Give touching objects of INPUT a number each, and write them to OUT on the grid of INPUT.
+
+    A mask is split where its objects narrow, each label of a label map by itself, a height map (probability,
+    distance, intensity) where it has valleys.
+    """
+    from medseg.files import check_writable
+    from medseg.instances.split import split as split_objects
+    from medseg.io import write
+
+    check_writable(out)
+    volume = _read(source, spacing)
+    array, kind = _values(volume, height_map)
+    scale = 1000.0 if volume.geometry.unit == "micron" else 1.0
+    settings = _settings(method, h_mm, scale if kind == "label map" else 1.0, rel, floor, connectivity)
+    found = split_objects(
+        array,
+        volume.spacing[: array.ndim],
+        method,
+        settings,
+        min_volume_mm3 * scale**array.ndim,
+        threads or os.cpu_count() or 1,
+    )
+    write(volume.with_array(_stored(found.labels).reshape(volume.shape)), out)
+    facts = _facts(source, out, volume, kind, method, settings, found)
+    typer.echo(json_module.dumps(facts) if json else _readable(facts))
+
+
+def _read(source: Path, spacing: str | None) -> "Volume":
+    """Read one channel whose voxels have a size."""
+    from medseg.errors import ConfigError, DataError, GeometryError
+    from medseg.instances.scale import knows_spacing, require_spacing, with_spacing
+    from medseg.io import read
+
+    volume = read(source)
+    if volume.channels != 1:
+        raise DataError(f"{source}: has {volume.channels} channels; expected one. Take the one to split.")
+    if spacing is None:
+        try:
+            return require_spacing(volume, str(source))
+        except GeometryError as error:
+            raise GeometryError(f"{error} Here: --spacing '0.5 um'.") from error
+    if knows_spacing(volume):
+        raise ConfigError(f"{source}: tells the size of its voxels, {volume.spacing}. Leave out --spacing.")
+    sizes, unit = parse_spacing(spacing)
+    return with_spacing(volume, sizes, unit)
+
+
+def parse_spacing(text: str) -> "tuple[tuple[float, ...], Unit]":
+    """Return the lengths and the unit of a text like ``0.4,0.4,2 um``.
+
+    >>> parse_spacing("0.5 um")
+    ((0.5,), 'micron')
+    """
+    from medseg.errors import ConfigError
+
+    units: dict[str, Unit] = {"mm": "mm", "um": "micron", "µm": "micron", "micron": "micron"}
+    numbers, _, unit = text.strip().rpartition(" ")
+    try:
+        return tuple(float(number) for number in numbers.split(",")), units[unit.lower()]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            f"spacing {text!r}: expected one to three lengths and their unit, such as '0.4,0.4,2 um'."
+        ) from error
+
+
+def _values(volume: "Volume", height_map: bool | None) -> "tuple[Array, str]":
+    """Return the voxels, two axes for a single slice, and what they are."""
+    import numpy as np
+
+    from medseg.instances.schema import whole_labels
+
+    array = volume.array[0, ..., 0] if volume.shape[2] == 1 else volume.array[0]
+    if height_map is None:
+        height_map = array.dtype.kind == "f" and not bool((np.trunc(array) == array).all())
+    if height_map:
+        return array.astype(np.float32, copy=False), "height map"
+    return array if array.dtype == bool else whole_labels(array), "label map"
+
+
+def _settings(
+    method: str, h_mm: float | None, scale: float, rel: float, floor: float, connectivity: int
+) -> "Config":
+    """Return the settings of the method; a depth without a use is an error, not ignored."""
+    from medseg.errors import ConfigError
+    from medseg.instances.split import SPLITTERS
+
+    if method not in SPLITTERS:
+        raise ConfigError(f"method {method!r} is unknown. Use one of {', '.join(SPLITTERS)}.")
+    values: dict[str, Any] = {"floor": floor, "connectivity": connectivity}
+    if method != "components":
+        values |= {"h": None if h_mm is None else h_mm * scale, "rel": rel}
+    elif h_mm is not None or rel:
+        raise ConfigError("components have no depth. Leave out --h-mm and --rel, or take another method.")
+    return SPLITTERS[method][0].from_dict(values)
+
+
+def _stored(labels: "Array") -> "Array":
+    """Return labels in 16 bits where they fit, which every format of images holds."""
+    import numpy as np
+
+    return labels.astype(np.uint16 if labels.max(initial=0) < np.iinfo(np.uint16).max else np.int32)
+
+
+def _facts(
+    source: Path, out: Path, volume: "Volume", kind: str, method: str, settings: "Config", found: "Split"
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from medseg.instances.split import BasinsConfig, depth_of
+
+    ndim = 2 if volume.shape[2] == 1 else 3
+    unit = {"mm": "mm", "micron": "um"}[volume.geometry.unit]
+    values, counts = np.unique(found.sources, return_counts=True)
+    resolved = settings.to_dict()
+    if isinstance(settings, BasinsConfig) and kind == "label map":
+        resolved["h"] = depth_of(settings, volume.spacing[:ndim])
+    dropped = [asdict(entry) | {"rule": f"{entry.rule} {unit}{ndim}"} for entry in found.dropped]
+    return {
+        "input": str(source),
+        "output": str(out),
+        "kind": kind,
+        "method": method,
+        "settings": resolved,
+        "unit": unit,
+        "spacing": list(volume.spacing[:ndim]),
+        "objects": found.count,
+        "objects_of_label": dict(zip(map(str, values.tolist()), counts.tolist(), strict=True)),
+        "dropped": dropped,
+        "notes": list(volume.notes),
+    }
+
+
+def _readable(facts: dict[str, Any]) -> str:
+    lines = [f"{facts['output']}: {facts['objects']} objects of a {facts['kind']}, by {facts['method']}."]
+    counts = facts["objects_of_label"]
+    if len(counts) > 1:
+        shown = ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:SHOWN])
+        lines.append(f"  of label {shown}{', ... (all: --json)' if len(counts) > SHOWN else ''}")
+    for entry in facts["dropped"]:
+        lines.append(f"  removed: {entry['count']} objects {entry['rule']} ({entry['voxels']} voxels)")
+    return "\n".join([*lines, *(f"  note: {note}" for note in facts["notes"])])
