@@ -24,8 +24,8 @@ from medseg.cli.progress import MessageHandler, TerminalListener
 from medseg.cli.prompt import PromptCommand, prompt
 from medseg.cli.select import select
 from medseg.cli.signals import PATIENT, Signals, leave
-from medseg.cli.track import track
 from medseg.cli.split import split
+from medseg.cli.track import track
 from medseg.cli.train import stop, train
 from medseg.errors import Cancelled, MedsegError, ResourceError
 from medseg.files import DISK_FULL, is_disk_full
@@ -55,8 +55,7 @@ def _root(
 for verb in (check, plan, train, stop, predict, evaluate):
     app.command()(verb)
 app.command(cls=PromptCommand)(prompt)
-for further in (track, evaluate_prompts, select, demo, info, clean):
-for further in (split, evaluate_prompts, select, demo, info, clean):
+for further in (split, track, evaluate_prompts, select, demo, info, clean):
     app.command()(further)
 app.add_typer(bundle)
 app.add_typer(assets)
