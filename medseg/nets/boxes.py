@@ -221,6 +221,8 @@ def cluster_boxes(
     weights: Tensor | None = None,
     sources: Tensor | None = None,
     expected: Tensor | None = None,
+    windows: Tensor | None = None,
+    cut: Tensor | None = None,
     threshold: float = 0.5,
     missing_weight: float = 1.0,
 ) -> Clusters:
@@ -234,6 +236,10 @@ def cluster_boxes(
         differ
     expected : (n,) how many sources could have found it, 1 by default; sources that saw the place and found
         nothing lower the score
+    windows : (n, 2d) which part of the image each box's source saw
+    cut : (n,) bool, boxes that end where their window does, inside the image: parts of objects. They lead a
+        cluster only where no whole box does, and are compared with others in what both windows show. Where
+        that alone makes them join, they count as found and do not move the box
     threshold : a cluster is the best box left and all boxes of its class whose IoU with it is above this
     missing_weight : how much a source counts that found nothing, against one that did
 
@@ -250,20 +256,40 @@ def cluster_boxes(
     ones = torch.ones_like(scores)
     weights, expected = (ones if given is None else given.to(scores) for given in (weights, expected))
     sources = torch.arange(len(scores), device=scores.device) if sources is None else sources
+    cut = torch.zeros_like(scores, dtype=torch.bool) if cut is None else cut
     left = torch.argsort(scores, descending=True, stable=True)
+    left = torch.cat((left[~cut[left]], left[cut[left]]))
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     while len(left):
         best = left[0]
         overlap = box_iou(boxes[best][None], boxes[left])[0]
-        joined = (overlap > threshold) & (classes[left] == classes[best])
-        joined[0] = True  # a box without volume overlaps nothing, not even itself
-        members, trust = left[joined], weights[left[joined]] * overlap[joined].clamp(min=1e-6)
+        overlap[0] = 1  # a box without volume overlaps nothing, not even itself
+        seen = overlap
+        if windows is not None and bool(cut[left].any()):
+            partly = cut[left] | cut[best]
+            seen = torch.where(partly, _seen_by_both(boxes, windows, best, left), overlap)
+        joined = (seen > threshold) & (classes[left] == classes[best])
+        joined[0] = True
+        members, near = left[joined], overlap[joined]
+        trust = weights[members] * near
         missing = (expected[members].mean() - len(torch.unique(sources[members]))).clamp(min=0)
         score = (trust * scores[members]).sum() / (trust.sum() + missing * trust.mean() * missing_weight)
-        share = trust * scores[members]
-        rows.append((members, score, share / share.sum() if share.sum() > 0 else trust / trust.sum()))
+        share = torch.where(near > threshold, trust * scores[members], 0)
+        rows.append((members, score, share / share.sum() if share.sum() > 0 else (near == 1) * 1.0))
         left = left[~joined]
     return _collect(boxes, classes, scores, rows)
+
+
+def _seen_by_both(boxes: Tensor, windows: Tensor, best: Tensor, others: Tensor) -> Tensor:
+    """Return the IoU of one box with others, each pair cut to what the windows of both show."""
+    n = boxes.shape[1] // 2
+    low = torch.maximum(windows[best, :n], windows[others, :n])
+    high = torch.minimum(windows[best, n:], windows[others, n:])
+
+    def cut(some: Tensor) -> Tensor:
+        return torch.cat((torch.maximum(some[..., :n], low), torch.minimum(some[..., n:], high)), -1)
+
+    return paired_iou(cut(boxes[best][None].expand(len(others), -1)), cut(boxes[others]))
 
 
 def _collect(
