@@ -33,9 +33,7 @@ def train(
         float | None, typer.Option(min=0.05, help="Finish in this time, learning rate annealed.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
-    recipe: Annotated[
-        str | None, typer.Option(help="Name of configs/train, or a YAML file.")
-    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name of configs/train, or a YAML file.")] = None,
     pretrained: Annotated[
         Path | None, typer.Option(help="Bundle to fine-tune from; for promptable also a file of weights.")
     ] = None,

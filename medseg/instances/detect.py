@@ -23,7 +23,7 @@ from medseg.plan.detection import Detection, FindSettings
 from medseg.preprocess import preprocess
 from medseg.preprocess.record import Record
 from medseg.types import FloatArray, IntArray, Shape
-from medseg.volume import Volume
+from medseg.volume import Geometry, Volume
 
 if TYPE_CHECKING:
     from medseg.nets.maskrcnn import Detections, MaskRCNN
@@ -138,7 +138,7 @@ class Detector:
             The image does not fit the model.
         """
         found, record = self.detect(image)
-        return self.draw(image, found, record, self.score if score is None else score)
+        return self.draw(image.geometry, found, record, self.score if score is None else score)
 
     def detect(self, image: Volume) -> tuple[list[Found], Record]:
         """Return all objects of an image of whatever score, and how it was preprocessed.
@@ -155,8 +155,8 @@ class Detector:
         ]
         return found, ready.record
 
-    def draw(self, image: Volume, found: Sequence[Found], record: Record, score: float) -> ObjectMap:
-        """Return the label map of the objects that :meth:`detect` found, of at least this score."""
+    def draw(self, grid: Geometry, found: Sequence[Found], record: Record, score: float) -> ObjectMap:
+        """Return the objects that :meth:`detect` found, of at least this score, on the image's grid."""
         sure = [each.above(score) for each in found]
         pasted = [_paste(each, self.settings.find) for each in sure]
         array = np.zeros((1, *record.geometry.shape), np.int32)
@@ -168,7 +168,7 @@ class Detector:
             count += len(part.order)
         volume = Volume(array, record.geometry)
         if reads_as_ras(self.bundle.plan.reader):
-            volume = from_ras(volume, image.geometry)
+            volume = from_ras(volume, grid)
         pairs = list(zip(sure, pasted, strict=True))
         kinds = np.array(self.bundle.labels.foreground_values, np.int64)
         return ObjectMap(

@@ -275,7 +275,9 @@ def cluster_boxes(
         missing = (expected[members].mean() - len(torch.unique(sources[members]))).clamp(min=0)
         score = (trust * scores[members]).sum() / (trust.sum() + missing * trust.mean() * missing_weight)
         share = torch.where(near > threshold, trust * scores[members], 0)
-        rows.append((members, score, share / share.sum() if share.sum() > 0 else (near == 1) * 1.0))
+        if not share.sum() > 0:  # scores of 0: the best stands for all
+            share = torch.zeros_like(share).index_fill_(0, share.new_zeros(1).long(), 1)
+        rows.append((members, score, share / share.sum()))
         left = left[~joined]
     return _collect(boxes, classes, scores, rows)
 

@@ -252,7 +252,7 @@ class MaskRCNN(nn.Module):
             (self.box.box, 0.001),
             (self.mask.maps, 0.01),
         ):
-            nn.init.normal_(module.weight, std=deviation)
+            nn.init.normal_(cast(Tensor, module.weight), std=deviation)
 
     def forward(
         self,

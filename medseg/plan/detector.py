@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("medseg")
 
-# The finest level has strides of at most this part of a small object's sides, between two and four voxels.
-SIDE_PER_STRIDE = 3.0
+# Small objects are at least this many strides of the finest level, which is the second or third stage; in
+# volumes fewer, for the second has eight times as many anchors, by far the most of the memory.
+SIDE_PER_STRIDE = {2: 3.0, 3: 2.0}
 SMALL_PERCENTILE = 25
 # FPN's number of levels (P2 to P5).
 LEVELS = 4
@@ -72,6 +73,8 @@ PYRAMID: dict[tuple[int, Recipe], int] = {
     (3, "nnunet"): 128,
     (3, "cpu"): 32,
 }
+# Images a step: detectors need more time and memory an image than the segmentations that were planned.
+BATCH: dict[tuple[int, Recipe], int] = {(2, "nnunet"): 16, (2, "cpu"): 4, (3, "nnunet"): 4, (3, "cpu"): 2}
 # Cells along the short axis of flat objects (medical detection toolkit: 7 x 7 x 3, masks 14 x 14 x 5).
 FLAT_BOX_CELLS, FLAT_MASK_CELLS = 3, 5
 # Objects of which an axis is this much shorter than the others have flatter masks.
@@ -165,7 +168,12 @@ def make_detector(
         proposals=PROPOSALS[dims, recipe],
         heads=heads,
     )
-    changes = {"architecture": architecture.to_dict(), "detection": detection.to_dict(), "order_seg": 0}
+    changes = {
+        "architecture": architecture.to_dict(),
+        "detection": detection.to_dict(),
+        "order_seg": 0,
+        "batch_size": min(settings.batch_size, BATCH[dims, recipe]),
+    }
     return settings.replace(**changes)
 
 
@@ -174,7 +182,8 @@ def _finest_stage(architecture: Architecture, sizes: FloatArray) -> int:
     side = np.percentile(sizes[:, -2:].mean(1), SMALL_PERCENTILE)
     strides = np.cumprod(np.array(architecture.strides), axis=0)[:, -2:].mean(1)
     last = architecture.n_stages - 1
-    return min(last, 2 if last >= 2 and strides[2] * SIDE_PER_STRIDE <= side else 1)
+    enough = SIDE_PER_STRIDE[architecture.dimensions]
+    return min(last, 2 if last >= 2 and strides[2] * enough <= side else 1)
 
 
 def _first_stages(architecture: Architecture, count: int) -> Architecture:

@@ -18,6 +18,7 @@ from medseg.metrics.report import HtmlReport, curves
 from medseg.plan.objects import read_objects
 from medseg.preprocess.record import Record
 from medseg.types import Array
+from medseg.volume import Geometry
 
 if TYPE_CHECKING:
     from medseg.train.loop import Outcome
@@ -110,12 +111,13 @@ class _Seen:
     """A held-out case with what was found in it, of whatever score."""
 
     case: Case
+    grid: Geometry
     reference: Array
     found: list[Found]
     record: Record
 
     def draw(self, detector: Detector, score: float) -> ObjectMap:
-        return detector.draw(read_image(self.case), self.found, self.record, score)
+        return detector.draw(self.grid, self.found, self.record, score)
 
 
 def _detect(setup: "Setup", detector: Detector) -> list[_Seen]:
@@ -124,7 +126,8 @@ def _detect(setup: "Setup", detector: Detector) -> list[_Seen]:
     for case in log.progress(setup.validation, "Validating whole cases"):
         try:
             reference = read_objects(case, setup.plan.labels, detection.objects).array[0]
-            seen.append(_Seen(case, reference, *detector.detect(read_image(case))))
+            image = read_image(case)
+            seen.append(_Seen(case, image.geometry, reference, *detector.detect(image)))
         except MedsegError as error:
             logger.warning("%s: not validated. %s", case.name, error)
     return seen
