@@ -25,7 +25,7 @@ from medseg.nets.boxes import (
     label_boxes,
     nms_per_class,
 )
-from medseg.nets.matching import match_iou, sample_random
+from medseg.nets.matching import match_atss, match_iou, sample_hard, sample_random
 from medseg.nets.roi_align import crop_masks, roi_align_levels
 from medseg.nets.unet import PlainEncoder, ResidualEncoder, _initialize
 from medseg.types import Shape
@@ -292,7 +292,7 @@ class MaskRCNN(nn.Module):
             for k, each in enumerate(labels)
         ]
         generator = generator or torch.Generator().manual_seed(0)
-        losses = self._proposal_losses(scored, torch.cat(anchors), objects, generator)
+        losses = self._proposal_losses(scored, anchors, objects, generator)
         return losses | self._head_losses(levels, proposals, objects, generator)
 
     def _propose(
@@ -320,19 +320,17 @@ class MaskRCNN(nn.Module):
     def _proposal_losses(
         self,
         scored: list[tuple[Tensor, Tensor]],
-        anchors: Tensor,
+        levels: list[Tensor],
         objects: list[Objects],
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        settings = self.settings.proposals
+        anchors = torch.cat(levels)
         logits, codes = (torch.cat([part[k] for part in scored], 1) for k in (0, 1))
         score, box = logits.sum() * 0, codes.sum() * 0  # where nothing is drawn, a zero with a graph
         drawn = 0
         for image, each in enumerate(objects):
-            matches = match_iou(each.boxes, anchors, settings.high, settings.low)
-            positive, negative = sample_random(
-                matches, settings.samples, settings.positive_fraction, generator
-            )
+            matches = self._match(each.boxes, levels)
+            positive, negative = self._draw(matches, logits[image].detach(), generator)
             chosen = torch.cat((positive, negative))
             wanted = (matches[chosen] >= 0).to(logits.dtype)
             score = score + F.binary_cross_entropy_with_logits(logits[image, chosen], wanted, reduction="sum")
@@ -340,6 +338,20 @@ class MaskRCNN(nn.Module):
             box = box + F.smooth_l1_loss(codes[image, positive], goal, reduction="sum", beta=BETA)
             drawn += len(chosen)
         return {"proposal": score / max(1, drawn), "proposal_box": box / max(1, drawn)}
+
+    def _match(self, boxes: Tensor, levels: list[Tensor]) -> Tensor:
+        """Return which object each anchor stands for."""
+        settings, anchors = self.settings.proposals, torch.cat(levels)
+        if settings.matcher == "iou":
+            return match_iou(boxes, anchors, settings.high, settings.low)
+        return match_atss(boxes, anchors, tuple(map(len, levels)), len(self.settings.anchors[0]))
+
+    def _draw(self, matches: Tensor, scores: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the anchors that this step learns from."""
+        settings = self.settings.proposals
+        if settings.sampler == "random":
+            return sample_random(matches, settings.samples, settings.positive_fraction, generator)
+        return sample_hard(matches, scores, settings.samples, settings.positive_fraction, generator)
 
     def _head_losses(
         self,

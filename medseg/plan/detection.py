@@ -40,15 +40,19 @@ class ProposalSettings(Config):
 
     Attributes
     ----------
+    matcher : by the thresholds `high` and `low`, or by each object's own ("atss": Zhang et al., CVPR 2020)
     high, low : IoU from which an anchor is an object, and below which it is background
+    sampler : negatives at random, or among those taken most for objects ("hard")
     samples, positive_fraction : anchors an image and step, and the most of them that are objects
     candidates_train, candidates_test : best anchors a level that are looked at
     proposals_train, proposals_test : boxes an image that go on to the heads
     nms : IoU above which the worse of two proposals is dropped
     """
 
+    matcher: Literal["iou", "atss"] = "iou"
     high: Part = 0.7
     low: Part = 0.3
+    sampler: Literal["random", "hard"] = "random"
     samples: Count = 256
     positive_fraction: Part = 0.5
     candidates_train: Count = 2000

@@ -70,6 +70,44 @@ def test_the_same_generator_draws_the_same_losses_and_another_does_not() -> None
     assert first == again != other
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_other_matcher_and_sampler_give_other_losses(dims: int) -> None:
+    image, labels = blobs(SHAPES[dims], 3, np.random.default_rng(0))
+    plain = losses_of(detector(dims), image[None], labels[None])["proposal"]
+    settings = tiny_detection(dims).proposals
+    for change in ({"matcher": "atss"}, {"sampler": "hard"}):
+        network = detector(dims, proposals=settings.replace(**change))
+        losses = losses_of(network, image[None], labels[None])
+        assert all(torch.isfinite(loss) for loss in losses.values())
+        assert losses["proposal"] != plain
+
+
+def test_half_precision_of_a_processor_trains_and_finds() -> None:
+    network = detector(2)
+    image, labels = blobs(SHAPES[2], 3, np.random.default_rng(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = losses_of(network, image[None], labels[None])
+        torch.stack([*losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
+        with torch.inference_mode():
+            (found,) = network.eval()(image[None])
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+    assert found.masks.dtype == found.boxes.dtype == torch.float32
+
+
+def test_landmarks_are_learnt_beside_masks() -> None:
+    heads = tiny_detection(2).heads.replace(landmarks=2)
+    network = detector(2, heads=heads)
+    image, labels = blobs(SHAPES[2], 3, np.random.default_rng(0))
+    points = torch.full((int(labels.max()) + 1, 2, 2), float("nan"))
+    for value in range(1, 4):
+        points[value, 0] = (labels == value).nonzero().float().mean(0)
+    losses = network(image[None], labels[None], torch.Generator().manual_seed(0), points[None])
+    assert losses["landmark"] > 0 and torch.isfinite(losses["landmark"])
+    assert network(image[None], labels[None])["landmark"] == 0
+    (found,) = network.eval()(image[None])
+    assert found.points.shape == (len(found.scores), 2, 2)
+
+
 def test_only_the_true_class_of_the_mask_head_has_a_gradient() -> None:
     logits = torch.zeros(3, 4, 2, 2, requires_grad=True)
     loss = mask_loss(logits, torch.ones(3, 2, 2, dtype=torch.bool), torch.tensor([1, 3, 1]))

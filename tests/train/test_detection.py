@@ -103,7 +103,7 @@ def cancelled_after(steps: int, start: object) -> None:
     from medseg.errors import Cancelled
 
     class Impatient(log.Listener):
-        asked = 0
+        asked, training = 0, False
 
         def started(self, key: int, label: str, total: int | None) -> None:
             self.training = label.startswith("Training")
@@ -126,10 +126,10 @@ def test_what_would_be_trained_is_told_and_plans_of_the_other_task_are_refused(t
     with pytest.raises(PlanError, match="Pass --task detection"):
         describe(dataset, tmp_path / "run", plan=plan)
     with pytest.raises(PlanError, match="has no detector"):
-        segment = plan.configuration("2d").replace(detection=None).to_dict()
-        describe(
-            dataset, tmp_path / "run", plan=plan.replace(configurations={"2d": segment}), task="detection"
+        other = plan.replace(
+            configurations={"2d": plan.configuration("2d").replace(detection=None).to_dict()}
         )
+        describe(dataset, tmp_path / "run", plan=other, task="detection")
 
 
 def test_counts_of_found_objects() -> None:
