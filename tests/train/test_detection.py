@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from medseg.bundle import load_bundle
-from medseg.errors import BundleError, PlanError
+from medseg.cli import app
+from medseg.errors import BundleError, ConfigError, PlanError
 from medseg.infer import Predictor
 from medseg.instances.detect import Detector
 from medseg.io import open_dataset, read, write
@@ -130,6 +132,14 @@ def test_what_would_be_trained_is_told_and_plans_of_the_other_task_are_refused(t
             configurations={"2d": plan.configuration("2d").replace(detection=None).to_dict()}
         )
         describe(dataset, tmp_path / "run", plan=other, task="detection")
+
+
+def test_the_command_line_says_what_it_would_train_and_refuses_what_detectors_lack(tmp_path: Path) -> None:
+    words = ["train", str(make_dataset(tmp_path / "data", 2)), "--task", "detection", "--preset", "cpu"]
+    shown = CliRunner().invoke(app, [*words, "--dry-run", "--json"])
+    assert json.loads(shown.output)["task"] == "detection"
+    refused = CliRunner().invoke(app, [*words, "--previous", str(tmp_path)])
+    assert isinstance(refused.exception, ConfigError) and "no first stage" in str(refused.exception)
 
 
 def test_counts_of_found_objects() -> None:
