@@ -9,18 +9,23 @@ from medseg.plan.schema import Architecture
 
 
 def blobs(
-    shape: tuple[int, ...], count: int, rng: np.random.Generator, n_classes: int = 1
+    shape: tuple[int, ...],
+    count: int,
+    rng: np.random.Generator,
+    n_classes: int = 1,
+    radii: tuple[float, float] = (0.11, 0.17),
 ) -> tuple[Tensor, Tensor]:
     """Return an image (1, *shape) and its label map; an object's class decides its brightness.
 
-    Ellipsoids that do not overlap, the values of the label map as `medseg.nets.maskrcnn` wants them.
+    Ellipsoids that do not overlap, with `radii` as parts of the image's sides; the values of the label map
+    are as `medseg.nets.maskrcnn` wants them.
     """
     grid = np.stack(np.meshgrid(*[np.arange(n) + 0.5 for n in shape], indexing="ij"))
     labels = np.zeros(shape, np.int64)
     image = rng.normal(0, 0.1, shape).astype(np.float32)
     placed = 0
     for _ in range(1000):
-        radius = np.array([rng.uniform(0.11, 0.17) * n for n in shape])
+        radius = np.array([rng.uniform(*radii) * n for n in shape])
         centre = np.array([rng.uniform(r + 1, n - r - 1) for r, n in zip(radius, shape, strict=True)])
         axes = (-1, *[1] * len(shape))
         inside = (((grid - centre.reshape(axes)) / radius.reshape(axes)) ** 2).sum(0) <= 1
@@ -48,12 +53,13 @@ def tiny_architecture(dims: int) -> Architecture:
 
 
 def tiny_detection(dims: int, n_classes: int = 1, **changes: object) -> Detection:
-    """Levels of strides 4 and 8 (the extra one) for objects of about ten voxels."""
+    """Levels of strides 4 and 8 (the extra one), in volumes also 2, for objects of about ten voxels."""
+    anchors = (((8.0,) * dims, (12.0,) * dims), ((16.0,) * dims, (24.0,) * dims))
     values: dict[str, object] = {
         "n_classes": n_classes,
-        "finest_stage": 2,
+        "finest_stage": 4 - dims,
         "pyramid_channels": 24,
-        "anchors": (((8.0,) * dims, (12.0,) * dims), ((16.0,) * dims, (24.0,) * dims)),
+        "anchors": anchors if dims == 2 else (((5.0,) * 3, (7.0,) * 3), *anchors),
         "proposals": ProposalSettings(
             high=0.5,
             samples=64,

@@ -126,7 +126,7 @@ def test_anchors_stand_around_the_centres_of_their_cells() -> None:
 
 
 def test_strides_are_the_products_of_the_encoders() -> None:
-    assert level_strides(tiny_architecture(3), tiny_detection(3)) == ((4, 4, 4), (8, 8, 8))
+    assert level_strides(tiny_architecture(3), tiny_detection(3)) == ((2, 2, 2), (4, 4, 4), (8, 8, 8))
     settings = tiny_detection(2, finest_stage=1, extra_level=False)
     assert level_strides(tiny_architecture(2), settings) == ((2, 2), (4, 4))
 
@@ -179,10 +179,15 @@ def overlap_of_masks(found: Detections, labels: Tensor) -> list[float]:
     return result
 
 
-@pytest.mark.parametrize(("dims", "steps", "n_classes"), [(2, 150, 2), (3, 120, 1)])
-def test_it_learns_four_images_by_heart(dims: int, steps: int, n_classes: int) -> None:
+@pytest.mark.parametrize(
+    ("dims", "steps", "n_classes", "count", "radii"),
+    [(2, 150, 2, 3, (0.11, 0.17)), (3, 100, 1, 2, (0.17, 0.22))],
+)
+def test_it_learns_four_images_by_heart(
+    dims: int, steps: int, n_classes: int, count: int, radii: tuple[float, float]
+) -> None:
     rng = np.random.default_rng(3)
-    scenes = [blobs(SHAPES[dims], 3, rng, n_classes) for _ in range(4)]
+    scenes = [blobs(SHAPES[dims], count, rng, n_classes, radii) for _ in range(4)]
     images, labels = (torch.stack(part) for part in zip(*scenes, strict=True))
     network = detector(dims, n_classes=n_classes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
@@ -200,7 +205,7 @@ def test_it_learns_four_images_by_heart(dims: int, steps: int, n_classes: int) -
     for each, wanted in zip(found, labels, strict=True):
         sure = each.scores > 0.5
         kept = Detections(each.boxes[sure], each.scores[sure], each.classes[sure], each.masks[sure])
-        assert len(kept.scores) == 3
+        assert len(kept.scores) == count
         assert min(overlap_of_masks(kept, wanted)) > 0.9
         objects = list_objects(wanted, n_classes)
         best = box_iou(objects.boxes, kept.boxes).max(1)
