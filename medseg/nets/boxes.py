@@ -238,8 +238,8 @@ def cluster_boxes(
         nothing lower the score
     windows : (n, 2d) which part of the image each box's source saw
     cut : (n,) bool, boxes that end where their window does, inside the image: parts of objects. They lead a
-        cluster only where no whole box does, and are compared with others in what both windows show. Where
-        that alone makes them join, they count as found and do not move the box
+        cluster only where no whole box does, the largest first, and are compared with others in what both
+        windows show. Where that alone makes them join, they count as found and do not move the box
     threshold : a cluster is the best box left and all boxes of its class whose IoU with it is above this
     missing_weight : how much a source counts that found nothing, against one that did
 
@@ -258,7 +258,9 @@ def cluster_boxes(
     sources = torch.arange(len(scores), device=scores.device) if sources is None else sources
     cut = torch.zeros_like(scores, dtype=torch.bool) if cut is None else cut
     left = torch.argsort(scores, descending=True, stable=True)
-    left = torch.cat((left[~cut[left]], left[cut[left]]))
+    parts = left[cut[left]]
+    largest = torch.argsort(box_sizes(boxes[parts]).prod(1), descending=True, stable=True)
+    left = torch.cat((left[~cut[left]], parts[largest]))
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     while len(left):
         best = left[0]
