@@ -20,6 +20,9 @@ LARGEST_GROWTH = 1000 / 16
 # Boxes that are suppressed at a time, and kept ones that they are compared with at a time.
 BLOCK, KEPT_BLOCK = 1000, 4096
 
+# A part of an object belongs to a whole one that holds more than this of it.
+INSIDE = 0.8
+
 
 def box_centres(boxes: Tensor) -> Tensor:
     """Return the centres (n, d) of boxes (n, 2d)."""
@@ -238,8 +241,8 @@ def cluster_boxes(
         nothing lower the score
     windows : (n, 2d) which part of the image each box's source saw
     cut : (n,) bool, boxes that end where their window does, inside the image: parts of objects. They lead a
-        cluster only where no whole box does, the largest first, and are compared with others in what both
-        windows show. Where that alone makes them join, they count as found and do not move the box
+        cluster only where no whole box does, the largest first. They join where they lie inside of it, or
+        agree with it in what both windows show; then they count as found, and do not move the box
     threshold : a cluster is the best box left and all boxes of its class whose IoU with it is above this
     missing_weight : how much a source counts that found nothing, against one that did
 
@@ -270,13 +273,16 @@ def cluster_boxes(
         if windows is not None and bool(cut[left].any()):
             partly = cut[left] | cut[best]
             seen = torch.where(partly, _seen_by_both(boxes, windows, best, left), overlap)
+            seen = seen.masked_fill(cut[left] & _lies_inside(boxes[left], boxes[best]), 1)
         joined = (seen > threshold) & (classes[left] == classes[best])
         joined[0] = True
         members, near = left[joined], overlap[joined]
         trust = weights[members] * near
         missing = (expected[members].mean() - len(torch.unique(sources[members]))).clamp(min=0)
         score = (trust * scores[members]).sum() / (trust.sum() + missing * trust.mean() * missing_weight)
-        share = torch.where(near > threshold, trust * scores[members], 0)
+        moves = (near > threshold) & ~cut[members]
+        moves[0] = True
+        share = torch.where(moves, trust * scores[members], 0)
         if not share.sum() > 0:  # scores of 0: the best stands for all
             share = torch.zeros_like(share).index_fill_(0, share.new_zeros(1).long(), 1)
         rows.append((members, score, share / share.sum()))
@@ -286,14 +292,19 @@ def cluster_boxes(
 
 def _seen_by_both(boxes: Tensor, windows: Tensor, best: Tensor, others: Tensor) -> Tensor:
     """Return the IoU of one box with others, each pair cut to what the windows of both show."""
-    n = boxes.shape[1] // 2
-    low = torch.maximum(windows[best, :n], windows[others, :n])
-    high = torch.minimum(windows[best, n:], windows[others, n:])
+    common = _intersect(windows[best], windows[others])
+    return paired_iou(_intersect(boxes[best], common), _intersect(boxes[others], common))
 
-    def cut(some: Tensor) -> Tensor:
-        return torch.cat((torch.maximum(some[..., :n], low), torch.minimum(some[..., n:], high)), -1)
 
-    return paired_iou(cut(boxes[best][None].expand(len(others), -1)), cut(boxes[others]))
+def _lies_inside(parts: Tensor, box: Tensor) -> Tensor:
+    return paired_iou(_intersect(parts, box), parts) > INSIDE
+
+
+def _intersect(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return what boxes (..., 2d) share, one by one; sides below 0 where that is nothing."""
+    n = boxes.shape[-1] // 2
+    low = torch.maximum(boxes[..., :n], others[..., :n])
+    return torch.cat((low, torch.minimum(boxes[..., n:], others[..., n:])), -1)
 
 
 def _collect(
