@@ -165,7 +165,7 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float, block: int = BLOCK) -> 
 
 def _overlaps_any(boxes: Tensor, others: Tensor, threshold: float) -> Tensor:
     found = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    for part in others.split(KEPT_BLOCK):
+    for part in torch.split(others, KEPT_BLOCK):
         found |= (box_iou(boxes, part) > threshold).any(1)
     return found
 

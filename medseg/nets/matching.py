@@ -46,7 +46,7 @@ def match_iou(
     rows = max(1, max_bytes // (8 * len(targets)))
     best, owner = [], []
     peak = torch.zeros((), device=anchors.device)
-    for block in anchors.split(rows):
+    for block in torch.split(anchors, rows):
         overlap = box_iou(block, targets)
         best.append(overlap.amax(1))
         owner.append(_first_equal(overlap, best[-1]))
@@ -54,7 +54,7 @@ def match_iou(
     most = torch.cat(best)
     positive = most >= high
     if low_quality:
-        for some in torch.nonzero(most > 0)[:, 0].split(rows):
+        for some in torch.split(torch.nonzero(most > 0)[:, 0], rows):
             positive[some] |= ((box_iou(anchors[some], targets) == peak) & (peak > 0)).any(1)
     matches[(most >= low) & ~positive] = IGNORED
     return torch.where(positive, torch.cat(owner), matches)

@@ -52,7 +52,7 @@ def roi_align(
     size = max(1, channels * math.prod(points) * features.element_size())
     parts = [
         _read(features, some, strides, output, samples)
-        for some in boxes.detach().to(features).split(max(1, max_bytes // size))
+        for some in torch.split(boxes.detach().to(features), max(1, max_bytes // size))
         if len(some)
     ]
     if not parts:

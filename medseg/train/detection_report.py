@@ -103,7 +103,9 @@ def finish(setup: "Setup", outcome: "Outcome", bundle: Path) -> Path:
             rows[name] += each
     result = _summarize(setup, outcome, rows, best)
     write_text(setup.folder / "result.json", json.dumps(result, indent=1))
-    return _draw_page(setup, outcome, result, counts if cases else {}).write(setup.folder / "report.html")
+    path = setup.folder / "report.html"
+    _draw_page(setup, outcome, result, counts if cases else {}).write(path)
+    return path
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,8 +26,8 @@ def test_a_mask_is_read_at_the_centres_of_voxels() -> None:
     window, inside = mask_window(torch.tensor([0.0, 0.0, 4.0, 11.0]), mask, (20, 20))
     drawn = np.zeros((20, 20), bool)
     drawn[window] = inside
-    assert drawn.any(0).nonzero()[0].tolist() == [5, 6, 7, 8, 9, 10]  # 5.5 is on the edge itself
-    assert drawn.any(1).nonzero()[0].tolist() == [0, 1, 2, 3]
+    assert np.flatnonzero(drawn.any(0)).tolist() == [5, 6, 7, 8, 9, 10]  # 5.5 is on the edge itself
+    assert np.flatnonzero(drawn.any(1)).tolist() == [0, 1, 2, 3]
 
 
 def test_better_objects_hide_worse_ones_and_equals_keep_their_order() -> None:

@@ -78,4 +78,4 @@ def tiny_detection(dims: int, n_classes: int = 1, **changes: object) -> Detectio
             mask_convs=2,
         ),
     }
-    return Detection(**{**values, **changes})  # type: ignore[arg-type]
+    return Detection(**{**values, **changes})

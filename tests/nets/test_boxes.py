@@ -80,7 +80,7 @@ def test_iou_equals_monai(dims: int) -> None:
 def test_blocks_and_pairs_of_iou_equal_the_matrix_to_the_bit() -> None:
     boxes, others = random_boxes(40, 3).float(), random_boxes(40, 3, 1).float()
     whole = box_iou(boxes, others)
-    assert torch.equal(torch.cat([box_iou(part, others) for part in boxes.split(7)]), whole)
+    assert torch.equal(torch.cat([box_iou(part, others) for part in torch.split(boxes, 7)]), whole)
     assert torch.equal(box_iou(others, boxes).T, whole)
     assert torch.equal(paired_iou(boxes, others), whole.diagonal())
 
