@@ -18,7 +18,7 @@ def reference(
     """Mean of linear interpolations at `samples` points a cell and axis; 0 beyond one voxel outside."""
     n = len(output)
     result = np.zeros((features.shape[0], *output))
-    for cell in itertools.product(*[range(cells) for cells in output]):
+    for cell in np.ndindex(*output):
         total = np.zeros(features.shape[0])
         for point in itertools.product(range(samples), repeat=n):
             places = []
