@@ -5,7 +5,10 @@ is in the number, so that any crop or turn of the map keeps both.
 """
 
 import json
+import logging
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +21,8 @@ from medseg.volume import Volume
 
 if TYPE_CHECKING:
     from medseg.io import Case, Dataset
+
+logger = logging.getLogger("medseg")
 
 ObjectKind = Literal["values", "components"]
 
@@ -42,6 +47,23 @@ def check_labels(labels: LabelSet) -> None:
             "--task detection cannot leave out voxels that nobody annotated, and this dataset has an ignore "
             "label. Train on cases that are annotated as a whole."
         )
+
+
+def name_objects(dataset: "Dataset") -> "Dataset":
+    """Return a dataset with one class, ``object``, where nothing but numbers names its many labels.
+
+    Without a description `medseg.io` calls the values that occur label_1, label_2, ...; in maps of objects
+    they are the objects' numbers.
+    """
+    names = list(dataset.labels.foreground)
+    if len(names) < 2 or any(not re.fullmatch(r"label_\d+", name) for name in names):
+        return dataset
+    logger.warning(
+        "%s: nothing names its %d label values, so they are taken for the numbers of objects of one class. "
+        "If they are classes, name them in a dataset.json.",
+        *(dataset.root, len(names)),
+    )
+    return replace(dataset, labels=LabelSet(entries={"background": 0, "object": 1}))
 
 
 def find_kind(dataset: "Dataset") -> ObjectKind:

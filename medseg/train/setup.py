@@ -16,6 +16,7 @@ from medseg.errors import ConfigError, DatasetError, PlanError, TrainingError
 from medseg.files import write_text
 from medseg.io import Case, Dataset, open_dataset
 from medseg.plan import Configuration, Plan, choose_split, load_plan, make_plan
+from medseg.plan.objects import name_objects
 from medseg.train import loop
 from medseg.train.config import TrainConfig
 from medseg.train.recipes import DETECTION_RECIPES, load_recipe
@@ -87,6 +88,8 @@ def decide(
     """Settle everything about a run without touching the disk; parameters as in :func:`fit`."""
     if not isinstance(dataset, Dataset):
         dataset = open_dataset(dataset)
+    if task == "detection":
+        dataset = name_objects(dataset)
     chosen = _choose_plan(dataset, Path(out), plan, preset, task, configuration)
     _check_plan(chosen, dataset)
     train, validation = _split(dataset, fold, splits)

@@ -1,19 +1,20 @@
 """Anchors that fit, objects as they are read, and the plan of a detector."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from medseg.errors import LabelError, PlanError, ReadError
-from medseg.io import Case
+from medseg.io import Case, Dataset
 from medseg.labels import LabelSet
 from medseg.plan import Architecture, Configuration
 from medseg.plan.anchors import FEWEST_BOXES, best_overlap, expand, plan_anchors
 from medseg.plan.detection import AnchorFit, Detection
 from medseg.plan.detector import make_detector
-from medseg.plan.objects import check_labels, class_table, number_objects
+from medseg.plan.objects import check_labels, class_table, name_objects, number_objects
 from medseg.types import FloatArray
 
 CELLS = LabelSet.parse({"background": 0, "cell": 1})
@@ -106,6 +107,16 @@ def test_regions_and_voxels_that_nobody_annotated_are_refused() -> None:
         check_labels(LabelSet.parse({"background": 0, "whole": [1, 2], "core": [2]}, [1, 2]))
     with pytest.raises(PlanError, match="ignore"):
         check_labels(LabelSet.parse({"background": 0, "cell": 1, "ignore": 2}))
+
+
+def test_numbers_that_nothing_names_are_objects_of_one_class(caplog: pytest.LogCaptureFixture) -> None:
+    unnamed = LabelSet.parse({"background": 0, "label_1": 1, "label_2": 2})
+    dataset = Dataset("d", Path("d"), ("x",), unnamed, (), (), ".png", "NaturalImage2DIO")
+    assert list(name_objects(dataset).labels.foreground) == ["object"]
+    assert "numbers of objects" in caplog.text
+    for labels in (TWO, CELLS, LabelSet.parse({"background": 0, "label_1": 1})):
+        named = replace(dataset, labels=labels)
+        assert name_objects(named) is named
 
 
 def test_a_file_of_classes_beside_the_label_map_is_read(tmp_path: Path) -> None:
