@@ -257,6 +257,8 @@ def _build_case(case: Case, plan: Plan, configuration: str, precision: Precision
     label = None if case.label is None else _read_labels(case, plan, configuration)
     ready = preprocess(read_image(case), plan, configuration, label)
     locations = {} if ready.seg is None else _find_locations(ready.seg, plan, configuration)
+    if label is not None and plan.configuration(configuration).detection is not None:
+        _say_lost(case.name, label.array, sum(len(places) for places in locations.values()))
     chunks = chunk_shape(ready.data.shape[1:], plan.configuration(configuration).patch_size)
     with atomic_folder(folder) as place:
         _save_array(place / "data.b2nd", ready.data.astype(precision, copy=False), chunks)
@@ -273,6 +275,15 @@ def _build_case(case: Case, plan: Plan, configuration: str, precision: Precision
 def _read_labels(case: Case, plan: Plan, configuration: str) -> Volume:
     detection = plan.configuration(configuration).detection
     return read_label(case) if detection is None else read_objects(case, plan.labels, detection.objects)
+
+
+def _say_lost(name: str, labels: Array, left: int) -> None:
+    """Tell of objects that nearest neighbours miss at the planned spacing."""
+    lost = len(np.setdiff1d(labels, [0])) - left
+    if lost > 0:
+        log.logger.warning(
+            "%s: %d objects are smaller than a voxel of the planned spacing, and are not learnt.", name, lost
+        )
 
 
 def _find_locations(seg: IntArray, plan: Plan, configuration: str) -> dict[str, IntArray]:

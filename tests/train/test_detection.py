@@ -15,6 +15,7 @@ from medseg.instances.detect import Detector
 from medseg.io import open_dataset, read, write
 from medseg.plan import Plan
 from medseg.plan.detector import plan_detection
+from medseg.preprocess import build_store
 from medseg.train import describe, fit
 from medseg.train.detection_report import Counts, count_matches
 from medseg.volume import Geometry, Volume
@@ -132,6 +133,25 @@ def test_what_would_be_trained_is_told_and_plans_of_the_other_task_are_refused(t
             configurations={"2d": plan.configuration("2d").replace(detection=None).to_dict()}
         )
         describe(dataset, tmp_path / "run", plan=other, task="detection")
+
+
+def test_objects_that_the_planned_spacing_misses_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = make_dataset(tmp_path / "data", 2)
+    path = dataset / "labelsTr" / "case_0.nii.gz"
+    label = read(path)
+    array = label.array.copy()
+    array[0, 0, 0, 0] = 9
+    write(label.with_array(array), path)
+    plan = small_plan(dataset, 2)
+    settings = plan.configuration("2d")
+    coarse = settings.replace(spacing=[4 * size for size in settings.spacing])
+    plan = plan.replace(configurations={"2d": coarse.to_dict()})
+    build_store(open_dataset(dataset), plan, "2d", tmp_path / "store")
+    assert [r.getMessage() for r in caplog.records if "not learnt" in r.getMessage()] == [
+        "case_0: 1 objects are smaller than a voxel of the planned spacing, and are not learnt."
+    ]
 
 
 def test_the_command_line_says_what_it_would_train_and_refuses_what_detectors_lack(tmp_path: Path) -> None:
