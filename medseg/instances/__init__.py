@@ -1,1 +1,1 @@
-"""Objects: found, split, measured."""
+"""From label maps and networks to objects: found, split, counted."""
