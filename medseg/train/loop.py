@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,9 @@ STOP_FILE = "STOP"
 STATE_FILE = "state.safetensors"
 BEST_FILE = "best.safetensors"
 
+LossOf = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+"""From a network, images, their label maps and the number of the step to the loss."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -41,6 +44,7 @@ class Job:
     folder : where state, log and best weights are kept
     key : hash of everything that must agree on resume
     limit_seconds : end the schedule after this much time; None runs all steps
+    loss : of networks that are no segmentations; they are validated after training only
     """
 
     network: nn.Module
@@ -55,6 +59,7 @@ class Job:
     title: str
     limit_seconds: float | None = None
     resume: bool = False
+    loss: LossOf | None = None
 
 
 @dataclass(frozen=True)
@@ -192,8 +197,11 @@ class Session:
         config = self.job.config
         set_learning_rate(self.optimizer, config, fraction)
         images = images.to(self.fabric.device, non_blocking=True)
-        outputs = self.network(images)
-        loss = total_loss(outputs, segs.to(self.fabric.device), self.job, self.fabric.world_size > 1)
+        segs = segs.to(self.fabric.device)
+        if self.job.loss is not None:
+            loss = self.job.loss(self.network, images, segs, self.progress.step)
+        else:
+            loss = total_loss(self.network(images), segs, self.job, self.fabric.world_size > 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         self.fabric.clip_gradients(
@@ -404,6 +412,8 @@ def overlap_counts(logits: Tensor, segs: Tensor, labels: LabelSet) -> Tensor:
 def made_fast(job: Job, fabric: Any) -> nn.Module:
     """Return the network compiled, or with the batch split among the cores of a CPU, or as it is."""
     network, mode, device = job.network, job.config.compile, fabric.device.type
+    if job.loss is not None:  # its work depends on what is found: nothing to compile, or to split by sample
+        return network
     if mode == "on" or (mode == "auto" and device == "cuda"):
         return cast(nn.Module, torch.compile(network))
     threads = torch.get_num_threads()
