@@ -469,6 +469,8 @@ class PromptSession:
         window = bench.window(state.settings, known)
         outcome = bench.run(state, known, again, window)
         keys = {each: bench.masks.put(region) for each, region in outcome.masks.items()}
+        # What a correction did not look at is as sure as it was.
+        before = {} if again else _slices_of(known, outcome.masks[name])
         self._commit(
             Run(
                 object=name,
@@ -477,7 +479,7 @@ class PromptSession:
                 window=window,
                 propagator=state.settings.propagator,
                 config={} if outcome.config is None else outcome.config.to_dict(),
-                confidence=_plain_confidence(outcome.said.confidence),
+                confidence=_plain_confidence(before | dict(outcome.said.confidence)),
                 notes=outcome.said.notes,
                 models=bench.models_at(window),
                 again=again,
@@ -517,7 +519,10 @@ def _make_scene(volume: Volume | PathLike, channel: int | None) -> Scene:
         if not 0 <= channel < volume.channels:
             raise DataError(f"channel {channel}: the image has {volume.channels} (from 0). Choose another.")
         volume = volume.with_array(volume.array[channel])
-    return Scene.of(volume, (0.0, 1.0))
+    scene = Scene.of(volume, (0.0, 1.0))
+    if scene.array.min() == scene.array.max():
+        raise DataError("all voxels have the same value: there is nothing to see. Is it the right file?")
+    return scene
 
 
 def _defaults(custom: bool) -> dict[str, Any]:
@@ -614,6 +619,13 @@ def _check_image(folder: Path | None, opened: Any, scene: Scene) -> None:
 
 def _size(shape: Sequence[int], spacing: Sequence[float]) -> str:
     return f"{' x '.join(map(str, shape))} voxels of {' x '.join(f'{s:.3g}' for s in spacing)}"
+
+
+def _slices_of(known: ObjectState, region: Region) -> dict[int, float]:
+    """Return the confidence so far of the slices that a mask still has."""
+    axis = _AXIAL if known.axis is None else known.axis
+    inside = range(region.start[axis], region.stop[axis])
+    return {index: value for index, value in known.confidence if index in inside}
 
 
 def _plain_confidence(confidence: Mapping[int, float]) -> tuple[tuple[int, float], ...]:

@@ -150,6 +150,33 @@ def test_the_axis_is_that_of_a_plane_or_of_thick_slices_or_axial() -> None:
 # Several objects.
 
 
+def test_an_object_that_loses_much_to_another_is_named() -> None:
+    session = begin()
+    session.add("liver", at(5, 5, 5))
+    session.add("twin", at(5, 5, 5))
+    notes = session.state.find("twin").notes
+    assert any("liver has lost" in note and "keep" in note for note in notes)
+
+
+def test_a_correction_keeps_the_confidence_of_what_it_did_not_look_at() -> None:
+    def sure_of_one(models: Any, target: Target, propagator: str, config: Any) -> Propagation:
+        region = fake_propagate(models, target, propagator, config).region
+        index = region.start[2] if target.previous is None else region.stop[2] - 1
+        return Propagation(region, {index: 0.5}, ())
+
+    session = begin(propagate=sure_of_one)
+    session.add("liver", at(5, 5, 5))
+    (first,) = session.confidence("liver")
+    session.add("liver", at(6, 5, 5))
+    assert set(session.confidence("liver")) > {first}
+
+
+def test_an_image_of_one_value_is_refused() -> None:
+    flat = image().with_array(np.full((1, *SHAPE), 7.0, np.float32))
+    with pytest.raises(DataError, match="same value"):
+        begin(volume=flat)
+
+
 def test_overwrite_gives_shared_voxels_to_the_newest() -> None:
     session = begin()
     session.add("a", at(5, 5, 5))
