@@ -440,7 +440,7 @@ class PromptSession:
     def _adding(
         self, name: str, prompts: Sequence[Prompt], axis: int | None, limits: tuple[int, int] | None
     ) -> Add:
-        from medseg.prompt.rasterise import check_prompts
+        from medseg.prompt.rasterise import beyond, check_prompts
 
         state = self.state
         known = state.find(name) if name in state.names else ObjectState(name)
@@ -457,6 +457,14 @@ class PromptSession:
             raise DataError(
                 f"limits {limits}: expected first and last slice, from 0 to {size - 1} across axis {axis}."
             )
+        reach = known.limits if limits is None else limits
+        if reach is not None:
+            lost = beyond(self._bench.scene, (*self._bench.prompts(known), *event.prompts), axis, reach)
+            if lost is not None:
+                raise DataError(
+                    f"limits {reach}: a {lost[0].kind} of object {name!r} lies on slice {lost[1]} across axis "
+                    f"{axis}, outside of them. Give limits that hold every prompt, or move the prompt."
+                )
         return event
 
     def _run(self, name: str, again: bool, joined: bool) -> None:

@@ -310,6 +310,11 @@ def test_a_sheet_replaces_neither_image_nor_label_map() -> None:
 MISTAKES: dict[str, tuple[tuple[object, ...], str, int]] = {
     "outside": (("--point", "500,0,0"), r"outside of the volume.* run from", 4),
     "box outside": (("--voxel", "--box", "90,90,5,95,95,5"), "outside of the volume", 4),
+    "voxel outside": (
+        ("--voxel", "--point", "8,300,5"),
+        r"point \(8, 300, 5\) lies outside of the volume of 24 x 20 x 12 voxels",
+        4,
+    ),
     "no area": (("--box", "-40,8,95,-40,8,95"), "has no volume|has no area", 4),
     "no area in voxels": (("--voxel", "--box", "5,5,5,5,5,5"), "has no area", 4),
     "a line": (("--voxel", "--lasso", "5,5,5 6,6,5 7,7,5"), "encloses nothing", 4),
@@ -318,6 +323,12 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str, int]] = {
     "wrong winner": ((*POINT, "--resolve", "livr,spleen"), "none of that name", 4),
     "undo too far": (("--session", "s", "--undo", "3"), "steps to undo", 4),
     "range outside": ((*POINT, "--z-range", "40,50"), "outside of the 12 axial slices", 4),
+    "range beside the prompt": (
+        (*POINT, "--z-range", "7,9"),
+        r"point lies on axial slice 5 \(voxel\), outside of the range 7,9\. .*--z-range",
+        4,
+    ),
+    "reversed range beside the prompt": ((*POINT, "--z-range", "9,7"), "outside of the range 7,9", 4),
     "no numbers": (("--point", "a,b,c"), "expected numbers", 5),
     "two numbers": (("--point", "1,2"), "expected 3 numbers, found 2", 5),
     "nothing": ((), "nothing points at an object", 5),

@@ -221,6 +221,7 @@ def test_another_objects_mask_is_a_prompt_as_it_was_then() -> None:
         (lambda s: s.add("liver", at(99, 5, 5)), "outside"),
         (lambda s: s.add("new", at(5, 5, 5, positive=False)), "only where it is not"),
         (lambda s: s.add("liver", at(5, 5, 5), limits=(4, 99)), "limits"),
+        (lambda s: s.add("liver", at(5, 5, 5), limits=(1, 2)), "on slice 5 .*outside of them"),
         (lambda s: s.add("liver"), "prompts"),
         (lambda s: s.add("liver", at(5, 5, 5), axis=3), "axis"),
         (lambda s: s.add("background", at(5, 5, 5)), "has a meaning"),
