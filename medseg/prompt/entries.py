@@ -291,8 +291,8 @@ class Grid:
             shown = " to ".join(_text(place) for place in places[:2])
             raise DataError(
                 f"the {entry.shape.replace('_', '-')} {shown} lies outside of the volume of "
-                f"{' x '.join(map(str, shape))} voxels, counted from 0. Check the order of the numbers; if they "
-                "are mm in the world, leave --voxel out (coordinates: mm)."
+                f"{' x '.join(map(str, shape))} voxels, counted from 0. Check the order of the numbers; "
+                "if they are mm in the world, leave --voxel out (coordinates: mm)."
             )
 
     def mask(self, text: str, plane: Plane | None) -> Mask:
@@ -364,8 +364,8 @@ class Grid:
             prompt, place = lost
             at, *ends = (self.slice(n, axis, request.prompts) for n in (place, *limits))
             raise DataError(
-                f"object {request.name!r}: the {prompt.kind} lies on {PLANES[axis]} slice {at:g} ({self.unit}), "
-                f"outside of the range {min(ends):g},{max(ends):g}. Give a range that holds every prompt "
+                f"object {request.name!r}: the {prompt.kind} lies on {PLANES[axis]} slice {at:g} "
+                f"({self.unit}), outside of the range {min(ends):g},{max(ends):g}. Give a range that holds every prompt "
                 "(--z-range FIRST,LAST), or move the prompt."
             )
 

@@ -462,8 +462,8 @@ class PromptSession:
             lost = beyond(self._bench.scene, (*self._bench.prompts(known), *event.prompts), axis, reach)
             if lost is not None:
                 raise DataError(
-                    f"limits {reach}: a {lost[0].kind} of object {name!r} lies on slice {lost[1]} across axis "
-                    f"{axis}, outside of them. Give limits that hold every prompt, or move the prompt."
+                    f"limits {reach}: a {lost[0].kind} of object {name!r} lies on slice {lost[1]} across "
+                    f"axis {axis}, outside of them. Give limits that hold every prompt, or move the prompt."
                 )
         return event
 
