@@ -365,8 +365,8 @@ class Grid:
             at, *ends = (self.slice(n, axis, request.prompts) for n in (place, *limits))
             raise DataError(
                 f"object {request.name!r}: the {prompt.kind} lies on {PLANES[axis]} slice {at:g} "
-                f"({self.unit}), outside of the range {min(ends):g},{max(ends):g}. Give a range that holds every prompt "
-                "(--z-range FIRST,LAST), or move the prompt."
+                f"({self.unit}), outside of the range {min(ends):g},{max(ends):g}. Give a range that holds "
+                "every prompt (--z-range FIRST,LAST), or move the prompt."
             )
 
     def slice(self, index: int, axis: int, prompts: Sequence[Prompt]) -> float:
