@@ -23,10 +23,13 @@ SHOWN_CHARACTERS = 60
 SHOWN_PROBLEMS = 3
 
 
-_Model: Any = type(BaseModel)
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # which pydantic does not name in public
 
 
-class _Spoken(_Model):  # type: ignore[misc]
+class _Spoken(ModelMetaclass):
     """Makes ``Settings(...)`` fail as `Config.from_dict` does, in words and not in pydantic's.
 
     An ``__init__`` of `Config` would also be called for every model inside another, and lose the place.
