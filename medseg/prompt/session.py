@@ -230,6 +230,14 @@ class PromptSession:
         shared = [Conflict(a.name, b.name, self._shared(a, b)) for a, b in pairs]
         return tuple(conflict for conflict in shared if conflict.voxels)
 
+    def outdated(self) -> tuple[str, ...]:
+        """Return objects whose masks were found with other settings; ``run(again=True)`` finds them anew."""
+        settings = self.state.settings
+        config = self._bench.configure(settings)
+        now = (settings.propagator, {} if config is None else config.to_dict())
+        found = (each for each in self.state.objects if each.mask is not None)
+        return tuple(o.name for o in found if o.window is None or (o.propagator, dict(o.config)) != now)
+
     def segmentation(self) -> Segmentation:
         """Return all objects as one label map on the grid of the source.
 
@@ -440,7 +448,7 @@ class PromptSession:
     def _adding(
         self, name: str, prompts: Sequence[Prompt], axis: int | None, limits: tuple[int, int] | None
     ) -> Add:
-        from medseg.prompt.rasterise import check_prompts
+        from medseg.prompt.rasterise import beyond, check_prompts
 
         state = self.state
         known = state.find(name) if name in state.names else ObjectState(name)
@@ -457,14 +465,25 @@ class PromptSession:
             raise DataError(
                 f"limits {limits}: expected first and last slice, from 0 to {size - 1} across axis {axis}."
             )
+        reach = known.limits if limits is None else limits
+        if reach is not None:
+            lost = beyond(self._bench.scene, (*self._bench.prompts(known), *event.prompts), axis, reach)
+            if lost is not None:
+                raise DataError(
+                    f"limits {reach}: a {lost[0].kind} of object {name!r} lies on slice {lost[1]} across "
+                    f"axis {axis}, outside of them. Give limits that hold every prompt, or move the prompt."
+                )
         return event
 
     def _run(self, name: str, again: bool, joined: bool) -> None:
         state, bench = self.state, self._bench
         known = state.find(name)
         if known.mask is None and not any(getattr(each, "positive", True) for each in known.prompts):
+            near = difflib.get_close_matches(name, [each for each in state.names if each != name], n=1)
+            hint = f"Did you mean object {near[0]!r}? Else add" if near else "Add"
             raise DataError(
-                f"object {name!r}: its prompts say only where it is not. Add a click, a box or a line inside."
+                f"object {name!r}: its prompts say only where it is not. {hint} a click, a box or a line "
+                "inside."
             )
         window = bench.window(state.settings, known)
         outcome = bench.run(state, known, again, window)
@@ -611,9 +630,13 @@ def _check_image(folder: Path | None, opened: Any, scene: Scene) -> None:
     if not isinstance(opened, Opened):
         raise ReadError(f"{folder}: the journal does not begin with an image. Restore a backup.")
     if opened.image != scene.digest:
+        there, here = _size(opened.shape, opened.spacing), _size(scene.shape, scene.spacing)
+        why = f"{there}; the one given: {here}"
+        if there == here:
+            why = f"both have {here}, but the values or the position of the voxels differ"
         raise DataError(
-            f"{folder}: this session is about another image ({_size(opened.shape, opened.spacing)}; "
-            f"the one given: {_size(scene.shape, scene.spacing)}). Open that image, or choose another folder."
+            f"{folder}: this session is about another image ({why}). Open that image, or choose another "
+            "folder."
         )
 
 

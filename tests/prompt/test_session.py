@@ -246,8 +246,10 @@ def test_another_objects_mask_is_a_prompt_as_it_was_then() -> None:
         (lambda s: s.undo(9), "there are 1 steps"),
         (lambda s: s.redo(), "there are 0 steps"),
         (lambda s: s.add("liver", at(99, 5, 5)), "outside"),
-        (lambda s: s.add("new", at(5, 5, 5, positive=False)), "only where it is not"),
+        (lambda s: s.add("new", at(5, 5, 5, positive=False)), "only where it is not. Add"),
+        (lambda s: s.add("livr", at(5, 5, 5, positive=False)), "Did you mean object 'liver'"),
         (lambda s: s.add("liver", at(5, 5, 5), limits=(4, 99)), "limits"),
+        (lambda s: s.add("liver", at(5, 5, 5), limits=(1, 2)), "on slice 5 .*outside of them"),
         (lambda s: s.add("liver"), "prompts"),
         (lambda s: s.add("liver", at(5, 5, 5), axis=3), "axis"),
         (lambda s: s.add("background", at(5, 5, 5)), "has a meaning"),
@@ -511,7 +513,7 @@ def test_the_same_image_in_another_order_of_its_axes_is_the_same_image(tmp_path:
 
 def test_another_image_is_refused(tmp_path: Path) -> None:
     begin(tmp_path).close()
-    with pytest.raises(DataError, match="another image"):
+    with pytest.raises(DataError, match=r"another image \(both have .* voxels differ"):
         begin(tmp_path, image(seed=1))
     moved = Volume(image().array, Geometry(SHAPE, tilted(affine("RAS"))))
     with pytest.raises(DataError, match="another image"):
