@@ -539,7 +539,7 @@ def _make_scene(volume: Volume | PathLike, channel: int | None) -> Scene:
             raise DataError(f"channel {channel}: the image has {volume.channels} (from 0). Choose another.")
         volume = volume.with_array(volume.array[channel])
     scene = Scene.of(volume, (0.0, 1.0))
-    if scene.array.min() == scene.array.max():
+    if scene.array.size > 1 and scene.array.min() == scene.array.max():
         raise DataError("all voxels have the same value: there is nothing to see. Is it the right file?")
     return scene
 

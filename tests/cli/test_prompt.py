@@ -456,7 +456,7 @@ def test_odd_volumes_have_a_result_on_their_own_grid(name: str) -> None:
 
 def test_a_session_about_another_image_is_refused() -> None:
     run(image(), *POINT, "--session", "s")
-    other = image("other.nii.gz", np.ones(SHAPE, np.float32))
+    other = image("other.nii.gz", np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE))
     assert "another image" in sentence(other, *POINT, "--session", "s", "-o", "out.nii.gz", code=4)
 
 
