@@ -165,12 +165,8 @@ class Bundle:
         BundleError
             There is no such fold, or its weights do not fit the planned network.
         """
-        from medseg.nets import build_network
-
         weights = self.state_dict(fold)
-        network = build_network(
-            self.settings.architecture, self.in_channels, self.n_outputs, deep_supervision=False
-        )
+        network = self._build()
         try:
             network.load_state_dict(weights)
         except RuntimeError as error:
@@ -180,6 +176,16 @@ class Bundle:
                 f"of its plan ({first}). Export the model again."
             ) from error
         return network.eval()
+
+    def _build(self) -> "nn.Module":
+        architecture, detection = self.settings.architecture, self.settings.detection
+        if detection is not None:
+            from medseg.nets.maskrcnn import MaskRCNN
+
+            return MaskRCNN(architecture, detection, self.in_channels)
+        from medseg.nets import build_network
+
+        return build_network(architecture, self.in_channels, self.n_outputs, deep_supervision=False)
 
     def __str__(self) -> str:
         return str(self.path) if self.path else f"model of {self.plan.dataset_name}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,7 +23,28 @@ SHOWN_CHARACTERS = 60
 SHOWN_PROBLEMS = 3
 
 
-class Config(BaseModel):
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # which pydantic does not name in public
+
+
+class _Spoken(ModelMetaclass):
+    """Makes ``Settings(...)`` fail as `Config.from_dict` does, in words and not in pydantic's.
+
+    An ``__init__`` of `Config` would also be called for every model inside another, and lose the place.
+    """
+
+    if not TYPE_CHECKING:
+
+        def __call__(self, *args, **values):
+            try:
+                return super().__call__(*args, **values)
+            except ValidationError as error:
+                raise self.error(_explain(error, self, self.__name__)) from error
+
+
+class Config(BaseModel, metaclass=_Spoken):
     """Base of all settings: immutable, and an unknown key is an error that names the nearest known one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -128,10 +149,19 @@ def parse_mapping(text: str, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: not readable as YAML or JSON ({reason}). Mend the file.") from error
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{where}: expected a mapping at the top level, found {type(data).__name__}. "
+            f"{where}: expected a mapping at the top level, found {_kind(data)}. "
             "Check that it is the right file."
         )
     return data
+
+
+def _kind(data: Any) -> str:
+    """Return what YAML calls a value that is no mapping."""
+    if data is None:
+        return "nothing"
+    if isinstance(data, list):
+        return "a list"
+    return "text" if isinstance(data, str) else f"one value ({_shown(data)})"
 
 
 def _parse(text: str) -> Any:
@@ -273,8 +303,32 @@ _EXPECTED = {
     "list_type": "expected a list",
     "dict_type": "expected a mapping",
     "model_type": "expected a mapping",
-    "too_short": "expected more in this list",
+    "too_short": "expected at least {min_length} in this list",
+    "too_long": "expected at most {max_length} in this list",
+    "literal_error": "expected {expected}",
+    "finite_number": "expected a finite number",
+    **dict.fromkeys(("float_type", "float_parsing"), "expected a number"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "expected a whole number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "expected true or false"),
+    "string_type": "expected text",
+    "greater_than": "expected more than {gt}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than": "expected less than {lt}",
+    "less_than_equal": "expected at most {le}",
 }
+
+
+def _expected(item: Any) -> str:
+    known = _EXPECTED.get(item["type"])
+    if known is None:
+        return str(item["msg"]).replace("Input should be", "expected")
+    return known.format(**item.get("ctx", {}))
+
+
+def _shown(value: Any) -> str:
+    """Return a value as YAML writes those that Python writes otherwise."""
+    words = {None: "nothing", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else _short(repr(value))
 
 
 def _explain_one(item: Any, model: type[BaseModel]) -> str:
@@ -287,7 +341,7 @@ def _explain_one(item: Any, model: type[BaseModel]) -> str:
     if item["type"] == "value_error":  # a validator of ours: it names the value itself
         text = str(item["msg"]).removeprefix("Value error, ")
     else:
-        text = f"{_EXPECTED.get(item['type'], item['msg'])} (got {_short(repr(item['input']))})"
+        text = f"{_expected(item)} (got {_shown(item['input'])})"
     return f"{dotted}: {text}" if dotted else text
 
 

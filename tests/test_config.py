@@ -1,7 +1,9 @@
 """Settings: what is wrong with them is one short sentence."""
 
 import json
+import re
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
@@ -51,6 +53,45 @@ def test_wrong_values_are_cut_and_counted() -> None:
     with pytest.raises(ConfigError, match="and 6 more") as caught:
         Settings.from_dict(wrong)
     assert len(str(caught.value)) < 600
+
+
+class Plain(Config):
+    unit: Literal["mm", "voxel"] = "mm"
+    place: tuple[float, float] = (0, 0)
+    size: int = Field(1, ge=1)
+    cases: Annotated[tuple[int, ...], Field(min_length=1)] = (1,)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"unit": "cm"}, "Plain: unit: expected 'mm' or 'voxel' (got 'cm')"),
+        ({"place": (1, "x")}, "Plain: place.1: expected a number (got 'x')"),
+        ({"place": (1, float("nan"))}, "Plain: place.1: expected a finite number (got nan)"),
+        ({"place": (1,)}, "Plain: place.1 is missing"),
+        ({"size": 0}, "Plain: size: expected at least 1 (got 0)"),
+        ({"size": 1.5}, "Plain: size: expected a whole number (got 1.5)"),
+        ({"size": None}, "Plain: size: expected a whole number (got nothing)"),
+        ({"cases": []}, "Plain: cases: expected at least 1 in this list (got [])"),
+    ],
+)
+def test_wrong_values_are_said_in_plain_words_however_settings_are_made(values: dict, said: str) -> None:
+    for make in (Plain.from_dict, lambda given: Plain(**given)):
+        with pytest.raises(ConfigError) as caught:
+            make(values)
+        assert str(caught.value) == said
+
+
+def test_a_wrong_value_inside_another_model_keeps_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"stages\.0\.width: expected a whole number"):
+        Settings(stages=({"width": "x"},))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "found"), [("", "nothing"), ("- a", "a list"), ("a", "text"), ("3", "(3)")])
+def test_a_file_that_is_no_mapping_says_what_it_holds(text: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(found)):
+        read_mapping(tmp_path / "x.yaml")
 
 
 def test_yaml_aliases_are_refused_before_they_grow(tmp_path: Path) -> None:

@@ -213,7 +213,8 @@ def _download(asset: Asset, cache: PathLike | None, allowed: bool) -> Path:
             return _store(asset, source, cached(asset, cache))
         except Unavailable as error:
             tried.append(f"{name_source(source)} ({error})")
-            logger.info("%s: %s: %s.", asset.name, name_source(source), error)
+            if source is not asset.sources[-1]:  # else the error says it
+                logger.info("%s: %s: %s.", asset.name, name_source(source), error)
     raise AssetError(f"{asset.name}: cannot be had. Tried: {'; '.join(tried)}. {remedy}")
 
 

@@ -249,19 +249,21 @@ def fetch_hub(source: Hub, asset: Asset, folder: Path) -> Path:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise Unavailable("huggingface_hub is not installed (pip install huggingface_hub)")
     hub: Any = importlib.import_module("huggingface_hub")
+    download = hub.hf_hub_download  # this loads the client's modules, which set the level of its logger
     check_cancelled()
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # it says each of its retries twice; the outcome is ours to say
     try:
         with task(f"{asset.name}: download from {source.repository}"):
-            path = hub.hf_hub_download(
+            path = download(
                 source.repository, source.filename, revision=source.revision, local_dir=str(folder)
             )
     except Exception as error:  # of the client: a dozen kinds, none of which is ours
         if is_disk_full(error):
             raise
-        raise Unavailable(_first_line(error)) from error
+        offline = type(error).__name__ == "LocalEntryNotFoundError"  # whose message is about its own cache
+        raise Unavailable("no answer" if offline else _first_line(error)) from error
     finally:
         logger.setLevel(level)
     return Path(path)

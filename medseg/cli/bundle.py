@@ -102,6 +102,8 @@ def export_model(
             f"{model}: is a MONAI bundle, which is not converted. medseg predicts with it as it is (medseg "
             "predict IMAGES -m THIS -o OUT); export takes a bundle of medseg or a model of nnU-Net."
         )
+    if loaded.settings.detection is not None:
+        raise BundleError(f"{model}: finds objects, and detectors are not exported. Use the bundle itself.")
     if fold is not None:
         loaded.state_dict(fold)
     EXPORTERS[to.value](loaded, out, fold)

@@ -137,12 +137,15 @@ def prompt(
         typer.Option(
             metavar="NAME",
             rich_help_panel=HOW,
-            help="auto, soft tissue, lung, bone, brain, liver, ..., LEVEL/WIDTH, or percentiles.",
+            help="auto, soft tissue, lung, bone, brain, liver, mediastinum, subdural, stroke, percentiles, "
+            "or LEVEL/WIDTH.",
         ),
     ] = None,
     modality: Annotated[
         str | None,
-        typer.Option(metavar="NAME", rich_help_panel=HOW, help="CT, MR or PET, if the values mislead."),
+        typer.Option(
+            metavar="NAME", rich_help_panel=HOW, help="CT, MR, PET or other, if the values mislead."
+        ),
     ] = None,
     channel: Annotated[
         int | None,
@@ -150,7 +153,12 @@ def prompt(
     ] = None,
     propagator: Annotated[
         str | None,
-        typer.Option(metavar="NAME", rich_help_panel=HOW, help="How it is followed through the slices."),
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=HOW,
+            help="How it is followed through the slices: volume (the default), box, mask, points, memory or "
+            "consensus.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -200,6 +208,15 @@ def prompt(
     redo: Annotated[
         int, typer.Option(min=0, metavar="N", rich_help_panel=AFTER, help="First take N steps again.")
     ] = 0,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again",
+            metavar=FLAG,
+            rich_help_panel=AFTER,
+            help="Find all objects of it anew, with the settings of now.",
+        ),
+    ] = False,
     sheet: Annotated[
         Path | None,
         typer.Option(metavar="PNG", rich_help_panel=AFTER, help="Draw a contact sheet of the result."),

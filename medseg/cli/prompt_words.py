@@ -24,7 +24,7 @@ _WITH_EVERYTHING = (
     *("voxel", "axis", "z_range", "window", "modality", "channel", "set_"),
 )
 # Of one image and one run: no file says them.
-_OF_ONE_RUN = ("session", "undo", "redo", "resolve", "sheet", "everything", "dry_run")
+_OF_ONE_RUN = ("session", "undo", "redo", "again", "resolve", "sheet", "everything", "dry_run")
 
 
 @dataclass
@@ -198,8 +198,8 @@ def check_together(typed: Iterable[str], said: Sequence[Said], everything: bool,
             )
         if everything and name not in _WITH_EVERYTHING:
             raise ConfigError(f"{flag_of(name)} does not go with --everything. Leave it out.")
-        if name in ("undo", "redo") and not session:
-            raise ConfigError("--undo and --redo are about a --session FOLDER. Name it.")
+        if name in ("undo", "redo", "again") and not session:
+            raise ConfigError("--undo, --redo and --again are about a --session FOLDER. Name it.")
     if silent and not everything:
         raise ConfigError(f"object {silent[0]!r} has no prompt. Add --box, --point or --scribble.")
     if not said and not session and not everything:

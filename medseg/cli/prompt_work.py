@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medseg import log
 from medseg.cli.prompt_print import Places, print_cases, print_found, print_plan, print_result
 from medseg.cli.prompt_words import (
     Said,
     check_beside_file,
     check_known,
     check_together,
+    flag_of,
     gather,
     read_axis,
     read_entries,
@@ -41,6 +43,8 @@ from medseg.prompt.results import (
 from medseg.prompt.session import PromptSession
 from medseg.prompt.sheet import write_sheet
 
+# Of the session, which hold until they are changed.
+_SETTINGS = ("propagator", "set_", "window", "modality")
 _FILES = (".yaml", ".yml", ".json")
 
 
@@ -79,6 +83,8 @@ class Work:
     image : its file
     overrides : settings of the propagator, or of everything, as ``key=value``
     undo, redo : steps of the session, before anything else
+    again : find all objects of the session anew
+    changed : settings that the user has given, by the name of the command's parameter
     resolve : winner and loser of voxels that two objects share
     json : print for a program
     """
@@ -91,6 +97,8 @@ class Work:
     overrides: tuple[str, ...]
     undo: int
     redo: int
+    again: bool
+    changed: tuple[str, ...]
     resolve: tuple[tuple[str, str], ...]
     json: bool
 
@@ -106,6 +114,8 @@ class Work:
             tuple(given["set_"] or ()),
             given["undo"],
             given["redo"],
+            given["again"],
+            tuple(name for name in _SETTINGS if given[name]),
             read_pairs(given["resolve"] or ()),
             given["json"],
         )
@@ -129,6 +139,8 @@ def check_places(places: Places, image: Path) -> None:
     if places.out is not None:
         check_output(image, places.out)
     if places.sheet is not None:
+        if places.sheet.suffix.lower() != ".png":
+            raise ConfigError(f"--sheet {places.sheet}: is written as PNG. Give a name that ends in .png.")
         for path, what in ((image, "the image"), (places.out, "the label map")):
             if path is not None and places.sheet.resolve() == path.resolve():
                 raise ConfigError(f"--sheet {places.sheet}: would replace {what}. Choose another name.")
@@ -149,13 +161,26 @@ def run_image(work: Work, said: Sequence[Said], dry_run: bool) -> None:
         if dry_run:
             print_plan(session, requests)
             return
-        point(session, requests)
-        session.run()
+        point(session, requests, run=not work.again)
+        session.run(again=work.again)
+        say_outdated(session, work.changed)
         settle(session, work.resolve)
         rows = describe(session) if places.out is None else write_result(session, work.name, places.out)
         if places.sheet is not None:
             write_sheet(session, places.sheet, work.name)
         print_result(session, rows, places, work.options.coordinates, work.json)
+
+
+def say_outdated(session: PromptSession, changed: Sequence[str]) -> None:
+    """Say that settings of this run do not reach back to what was found before."""
+    names = session.outdated() if changed else ()
+    if names:
+        log.logger.info(
+            "%s: only for what is found from now on; found before and left as it was: %s. To find it anew, "
+            "give --again.",
+            ", ".join(map(flag_of, changed)),
+            ", ".join(names),
+        )
 
 
 def settle(session: PromptSession, resolve: Sequence[tuple[str, str]]) -> None:

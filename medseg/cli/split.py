@@ -165,16 +165,21 @@ def _facts(
 
     import numpy as np
 
+    from medseg.instances.split import BasinsConfig, depth_of
+
     ndim = 2 if volume.shape[2] == 1 else 3
     unit = {"mm": "mm", "micron": "um"}[volume.geometry.unit]
     values, counts = np.unique(found.sources, return_counts=True)
+    resolved = settings.to_dict()
+    if isinstance(settings, BasinsConfig) and kind == "label map":
+        resolved["h"] = depth_of(settings, volume.spacing[:ndim])
     dropped = [asdict(entry) | {"rule": f"{entry.rule} {unit}{ndim}"} for entry in found.dropped]
     return {
         "input": str(source),
         "output": str(out),
         "kind": kind,
         "method": method,
-        "settings": settings.to_dict(),
+        "settings": resolved,
         "unit": unit,
         "spacing": list(volume.spacing[:ndim]),
         "objects": found.count,

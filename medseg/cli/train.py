@@ -2,7 +2,7 @@
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,8 +24,8 @@ def train(
     task: Annotated[
         str,
         typer.Option(
-            help="segment; promptable: fine-tune MobileSAM to answer boxes and clicks on DATASET; or "
-            "centre-offset: find objects, whose numbers its label maps hold."
+            help="segment; detection: find objects with a Mask R-CNN; centre-offset: find crowded objects, "
+            "whose numbers the label maps hold; or promptable: fine-tune MobileSAM to answer boxes and clicks."
         ),
     ] = "segment",
     fold: Annotated[str, typer.Option(help="0 to 4, or all.")] = "0",
@@ -33,7 +33,7 @@ def train(
         float | None, typer.Option(min=0.05, help="Finish in this time, learning rate annealed.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
-    recipe: Annotated[str | None, typer.Option(help="nnunet, cpu, the task's name, or a YAML file.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name of configs/train, or a YAML file.")] = None,
     pretrained: Annotated[
         Path | None, typer.Option(help="Bundle to fine-tune from; for promptable also a file of weights.")
     ] = None,
@@ -61,11 +61,13 @@ def train(
         limits: dict[str, object] = {"max_minutes": max_minutes, "resume": resume, "device": device}
         OTHER_TASKS[task](dataset, out, chosen, limits, dry_run, json)
         return
-    if task != "segment":
-        raise ConfigError(f"--task {task}: expected segment, {' or '.join(OTHER_TASKS)}.")
+    if task not in ("segment", "detection"):
+        raise ConfigError(f"--task {task}: expected segment, detection, {' or '.join(OTHER_TASKS)}.")
+    if task == "detection" and previous is not None:
+        raise ConfigError("--previous: a detector has no first stage. Leave it out.")
     from medseg.train import describe, fit
 
-    chosen |= planned
+    chosen |= {**planned, "task": task}
     if dry_run:
         facts = describe(dataset, out, **chosen)
         typer.echo(json_module.dumps(facts, indent=1) if json else _readable(facts))
@@ -86,8 +88,22 @@ def train(
         return
     typer.echo(f"Bundle: {bundle}")
     typer.echo(f"Report: {out / f'fold_{fold}' / 'report.html'}")
+    if task == "detection":
+        typer.echo(_found(summary))
+        return
     for name, dice in summary["validation_dice"].items():
         typer.echo(f"  Dice {name}: {dice:.4f}" if dice is not None else f"  Dice {name}: no case has it")
+
+
+def _found(summary: dict[str, Any]) -> str:
+    """Say how well the objects of held-out cases were found."""
+    if not summary["validation_cases"]:
+        return "  no case was held out"
+    lines = [
+        f"  {name}: found {row['tp']} of {row['tp'] + row['fn']}, {row['fp']} besides (IoU above 0.5)"
+        for name, row in summary["objects"].items()
+    ]
+    return "\n".join([*lines, f"  least score {summary['score']:g}"])
 
 
 def _refuse(task: str, planned: dict[str, object]) -> None:

@@ -374,6 +374,10 @@ def _check(bundles: Sequence[Bundle]) -> None:
 
 def _check_model(model: Model) -> None:
     bundle = model.bundle
+    if bundle.settings.detection is not None:
+        raise BundleError(
+            f"{bundle}: finds objects, and does not segment. Open it with medseg.instances.detect.Detector."
+        )
     if not model.folds:
         raise BundleError(f"{bundle}: has no weights yet. Train at least one fold.")
     for fold in model.folds:

@@ -62,7 +62,8 @@ class FollowUp:
     events : tuple of Event
         Every object is in exactly one.
     table : Table
-        A row for each event, in the same order.
+        A row for each event, in the same order. Of several objects volumes and longest diameters are added
+        up, and the largest short axis is taken.
     transform : (4, 4) float64
         From world positions at baseline to those at follow-up.
     response : Response or None

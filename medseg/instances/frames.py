@@ -141,7 +141,7 @@ def _reach(frames: Sequence[Instances]) -> float:
     if not sizes.size:
         return max(grid.spacing[:ndim])
     size = float(np.median(sizes))
-    diameter = 2 * (size / np.pi) ** 0.5 if ndim == 2 else 2 * (3 * size / (4 * np.pi)) ** (1 / 3)
+    diameter: float = 2 * (size / np.pi) ** 0.5 if ndim == 2 else 2 * (3 * size / (4 * np.pi)) ** (1 / 3)
     return max(diameter, *grid.spacing[:ndim])
 
 

@@ -7,8 +7,9 @@
    what the distances stay below the limit is largest (the assignment problem).
 """
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -19,6 +20,10 @@ from medseg.instances.schema import Instances
 from medseg.types import FloatArray, IntArray
 
 Kind = Literal["persistent", "new", "gone", "merged", "split", "regrouped"]
+# A k-d tree of voxels and the object of each.
+Edge = tuple[Any, IntArray]
+# Voxels looked up at a time.
+_SLAB_VOXELS = 1 << 22
 KINDS: tuple[Kind, ...] = ("new", "gone", "merged", "split", "regrouped", "persistent")
 
 
@@ -218,35 +223,54 @@ def _hits(
 
     `matrix` takes world positions of the source to those of the target.
     """
-    labels, grid = source.volume.array[0], target.volume.array[0]
-    where = np.argwhere(labels)
-    if not len(where) or not len(target):
-        return {}
-    own = labels[tuple(where.T)]
-    world = _moved(where.astype(np.float64), matrix @ source.geometry.affine)
+    counts: Counter[tuple[int, int]] = Counter()
+    if not len(source) or not len(target):
+        return counts
+    labels, base = source.volume.array[0], len(source) + 1
+    edge = _edge_of(target) if grow > 0 else None
+    thick = max(1, _SLAB_VOXELS // labels[0].size)
+    for start in range(0, len(labels), thick):
+        slab = labels[start : start + thick]
+        where = np.argwhere(slab)
+        own = slab[tuple(where.T)]
+        world = _moved(where + np.array([start, 0.0, 0.0]), matrix @ source.geometry.affine)
+        key = _holders(target, world, edge, grow) * base + own
+        found, times = np.unique(key[key >= base], return_counts=True)
+        rows = zip((found // base).tolist(), (found % base).tolist(), strict=True)
+        counts.update(dict(zip(rows, times.tolist(), strict=True)))
+    return counts
+
+
+def _holders(target: Instances, world: FloatArray, edge: Edge | None, grow: float) -> IntArray:
+    """Return the object that holds each position, or whose edge is within `grow` of it; 0 for none."""
+    grid = target.volume.array[0]
     index = np.round(_moved(world, np.linalg.inv(target.geometry.affine))).astype(np.int64)
     inside = ((index >= 0) & (index < grid.shape)).all(axis=1)
-    held = np.zeros(len(where), np.int64)
+    held = np.zeros(len(world), np.int64)
     held[inside] = grid[tuple(index[inside].T)]
-    if grow > 0:
+    if edge is not None:
         missed = np.flatnonzero(held == 0)
-        held[missed] = _nearest_within(target, world[missed], grow)
-    key = held * (len(source) + 1) + own
-    found, times = np.unique(key[held > 0], return_counts=True)
-    rows = zip((found // (len(source) + 1)).tolist(), (found % (len(source) + 1)).tolist(), strict=True)
-    return dict(zip(rows, times.tolist(), strict=True))
+        tree, labels = edge
+        held[missed] = labels[tree.query(world[missed], distance_upper_bound=grow)[1]]
+    return held
 
 
-def _nearest_within(target: Instances, points: FloatArray, reach: float) -> IntArray:
-    """Return the object whose voxel centre is nearest to each point, 0 where none is within `reach`."""
+def _edge_of(target: Instances) -> Edge:
+    """Return a tree of the voxels with a neighbour outside of their object, and the object of each.
+
+    The last label is 0: the tree answers the number of its points where none is near enough.
+    """
     from scipy.spatial import cKDTree
 
-    grid = target.volume.array[0]
-    where = np.argwhere(grid)
+    grid = np.pad(target.volume.array[0], 1)
+    inner = grid[1:-1, 1:-1, 1:-1]
+    edge = np.zeros(inner.shape, bool)
+    for axis in range(3):
+        for shift in (-1, 1):
+            edge |= np.roll(grid, shift, axis)[1:-1, 1:-1, 1:-1] != inner
+    where = np.argwhere(edge & (inner > 0))
     tree = cKDTree(_moved(where.astype(np.float64), target.geometry.affine))
-    _, nearest = tree.query(points, distance_upper_bound=reach)
-    labels = np.concatenate((grid[tuple(where.T)], [0]))  # the tree answers len(where) for none
-    return np.asarray(labels[nearest], np.int64)
+    return tree, np.concatenate((inner[tuple(where.T)], [0])).astype(np.int64)
 
 
 def _by_distance(

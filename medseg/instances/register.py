@@ -68,12 +68,12 @@ def register_images(fixed: Volume, moving: Volume, kind: Registration = "rigid",
     flat = fixed.shape[2] == 1
     if flat != (moving.shape[2] == 1) or fixed.geometry.unit != moving.geometry.unit:
         raise GeometryError("the two images must be both volumes or both pictures, in one unit.")
-    images = [_thinned(_image(each, flat)) for each in (fixed, moving)]
+    first, second = (_thinned(_image(each, flat)) for each in (fixed, moving))
     try:
-        transform, start = _best_start(*images, flat, seed)
-        transform, end = _optimised(*images, transform, seed)
+        transform, start = _best_start(first, second, flat, seed)
+        transform, end = _optimised(first, second, transform, seed)
         if kind == "affine":
-            transform, end = _optimised(*images, _as_affine(transform, flat), seed)
+            transform, end = _optimised(first, second, _as_affine(transform, flat), seed)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise DataError(f"the images cannot be registered ({reason}). Register them elsewhere.") from error

@@ -145,19 +145,21 @@ def convex_hulls(labels: IntArray, sums: Sums, steps: FloatArray) -> Hulls:
 
 
 def _corners(labels: IntArray, sums: Sums) -> Iterator[tuple[int, FloatArray]]:
-    """Yield the corners, in indices, of the first and last voxel of every line along the last axis."""
+    """Yield the first and last corner, in indices, of each object on every line along the last axis."""
     for row in np.flatnonzero(sums.voxels):
         mask = crop_of(labels, sums, int(row))
-        lines = np.argwhere(mask.any(axis=-1))
-        inside = mask[tuple(lines.T)]
-        first = np.argmax(inside, axis=1)
-        last = mask.shape[-1] - np.argmax(inside[:, ::-1], axis=1)  # its far edge
-        ends = [np.column_stack([lines, edge]) for edge in (first, last)]
-        offsets = np.stack(np.meshgrid(*[(0, 1)] * lines.shape[1], indexing="ij"), axis=-1)
-        offsets = offsets.reshape(-1, lines.shape[1])
-        padded = np.column_stack([offsets, np.zeros(len(offsets), np.int64)])
-        points = (np.concatenate(ends)[:, None] + padded).reshape(-1, mask.ndim)
-        yield int(row), np.unique(points, axis=0).astype(np.float64)
+        size, hit = mask.shape[-1], mask.any(axis=-1)
+        first = np.where(hit, np.argmax(mask, axis=-1), size + 1)
+        last = np.where(hit, size - np.argmax(mask[..., ::-1], axis=-1), -1)  # its far edge
+        for axis in range(hit.ndim):  # a line of corners belongs to the voxels on both sides of it
+            ends = [(int(a == axis), int(a == axis)) for a in range(hit.ndim)]
+            low, high = np.pad(first, ends, constant_values=size + 1), np.pad(last, ends, constant_values=-1)
+            here = tuple(slice(None, -1) if a == axis else slice(None) for a in range(hit.ndim))
+            there = tuple(slice(1, None) if a == axis else slice(None) for a in range(hit.ndim))
+            first, last = np.minimum(low[here], low[there]), np.maximum(high[here], high[there])
+        lines = np.argwhere(last >= 0)
+        edges = [np.column_stack([lines, edge[last >= 0]]) for edge in (first, last)]
+        yield int(row), np.concatenate(edges).astype(np.float64)
 
 
 def _add_codes_numpy(mask: BoolArray, histogram: IntArray) -> None:

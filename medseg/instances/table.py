@@ -44,7 +44,7 @@ class MeasureConfig(Config):
     contacts : bool
         Neighbours and the nearest other object.
     hull : bool
-        Longest diameter in 3D, solidity and extent; half a millisecond or more per object.
+        Longest diameter in 3D, solidity and extent; milliseconds per object.
     percentiles : tuple of float
         Of intensities, in 0..100.
     voxel_extent : bool
@@ -348,7 +348,7 @@ def _steps(instances: Instances) -> FloatArray:
     if instances.ndim == 3:
         return np.asarray(steps)
     first, second = steps.T
-    long, other = np.linalg.norm(first), np.linalg.norm(second)
+    long, other = float(np.linalg.norm(first)), float(np.linalg.norm(second))
     along = float(first @ second / long)
     return np.array([[long, along], [0.0, np.sqrt(max(other**2 - along**2, 0.0))]])
 

@@ -13,6 +13,7 @@ from medseg.plan.schema import (
     Fingerprint,
     Plan,
     PlanOptions,
+    Recipe,
 )
 from medseg.plan.splits import Split, choose_split, make_splits
 
@@ -26,6 +27,7 @@ __all__ = [
     "Fingerprint",
     "Plan",
     "PlanOptions",
+    "Recipe",
     "Rules",
     "Split",
     "choose_split",

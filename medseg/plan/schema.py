@@ -8,11 +8,12 @@ source array ``(i, j, k)`` reversed to ``(k, j, i)`` as nnU-Net's readers delive
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medseg.config import Config
 from medseg.errors import ConfigError, PlanError
 from medseg.labels import LabelSet
+from medseg.plan.detection import Detection
 
 NetworkName = Literal["unet", "resenc-unet", "segresnet", "swin-unetr"]
 Normalization = Literal["ct", "zscore", "none", "rescale-0-1", "rgb-0-1"]
@@ -116,6 +117,7 @@ class Configuration(Config):
     batch_dice : pool Dice over the batch instead of each sample
     previous_stage : configuration whose result is fed in as extra channels (cascade)
     next_stage : the cascade that continues this one
+    detection : a detector instead of a segmentation; it has the architecture's encoder
     """
 
     error: ClassVar[type[ConfigError]] = PlanError
@@ -134,10 +136,21 @@ class Configuration(Config):
     order_z: int = Field(default=0, ge=0, le=5)
     previous_stage: str | None = None
     next_stage: str | None = None
+    detection: Detection | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_detection(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write a detector only where there is one: plans of segmentations stay as they are."""
+        values: dict[str, Any] = serialize(self)
+        if self.detection is None:
+            values.pop("detection", None)
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         n = self.architecture.dimensions
+        if self.detection is not None:
+            check_detection(self.detection, self.architecture)
         lengths = {
             "spacing": len(self.spacing),
             "patch_size": len(self.patch_size),
@@ -161,6 +174,21 @@ class Configuration(Config):
     def dimensions(self) -> int:
         """2 or 3."""
         return len(self.patch_size)
+
+
+def check_detection(detection: Detection, architecture: Architecture) -> None:
+    """Refuse a detector that does not fit its encoder (ValueError, for validators)."""
+    levels = architecture.n_stages - detection.finest_stage
+    if levels < 1:
+        raise ValueError(
+            f"'detection.finest_stage' is {detection.finest_stage}; there are {architecture.n_stages} stages."
+        )
+    wanted = levels + detection.extra_level
+    if len(detection.anchors) != wanted or detection.dimensions != architecture.dimensions:
+        raise ValueError(
+            f"'detection.anchors' has {len(detection.anchors)} levels of {detection.dimensions} axes; the "
+            f"encoder has {wanted} of {architecture.dimensions}. Plan the detector again."
+        )
 
 
 class PlanOptions(Config):

@@ -49,6 +49,28 @@ def class_locations(
     return result
 
 
+def object_locations(seg: IntArray, classes: Sequence[str]) -> dict[str, IntArray]:
+    """Return one voxel of every object: the middle one of its voxels in raster order.
+
+    Parameters
+    ----------
+    seg : (1, a0, a1, a2) integer, objects numbered as in `medseg.plan.objects`, -1 outside the image
+    classes : names of all classes
+
+    Returns
+    -------
+    dict of class name to (n, 3) int32
+        Network order; empty for a class that does not occur.
+    """
+    flat = seg[0].reshape(-1)
+    voxels = np.flatnonzero(flat > 0)
+    order = np.argsort(flat[voxels], kind="stable")
+    values, first, count = np.unique(flat[voxels][order], return_index=True, return_counts=True)
+    middle = voxels[order][first + count // 2]
+    kinds = (values.astype(np.int64) - 1) % len(classes)
+    return {name: _coordinates(middle[kinds == k], seg.shape[1:]) for k, name in enumerate(classes)}
+
+
 def _wanted(labels: LabelSet) -> dict[str, tuple[int, ...]]:
     entries = {n: v if isinstance(v, tuple) else (v,) for n, v in labels.foreground.items()}
     if not labels.has_regions:

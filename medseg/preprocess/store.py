@@ -21,11 +21,13 @@ from medseg import log
 from medseg.errors import DataError, MedsegError, ReadError
 from medseg.files import atomic_folder, atomic_path, sha256_file, write_text
 from medseg.io import Case, Dataset, read_image, read_label
+from medseg.plan.objects import read_objects
 from medseg.plan.schema import Plan
-from medseg.preprocess.locations import class_locations
+from medseg.preprocess.locations import class_locations, object_locations
 from medseg.preprocess.pipeline import preprocess
 from medseg.preprocess.record import Record
 from medseg.types import Array, IntArray, PathLike, Shape
+from medseg.volume import Volume
 
 # Part of every key: raise it when preprocessing or the layout of a case folder changes.
 STORE_VERSION = 1
@@ -252,9 +254,11 @@ def _run(build: Any, cases: Sequence[Case], threads: int) -> tuple[dict[str, str
 
 
 def _build_case(case: Case, plan: Plan, configuration: str, precision: Precision, folder: Path) -> None:
-    label = None if case.label is None else read_label(case)
+    label = None if case.label is None else _read_labels(case, plan, configuration)
     ready = preprocess(read_image(case), plan, configuration, label)
-    locations = {} if ready.seg is None else class_locations(ready.seg, plan.labels)
+    locations = {} if ready.seg is None else _find_locations(ready.seg, plan, configuration)
+    if label is not None and plan.configuration(configuration).detection is not None:
+        _say_lost(case.name, label.array, sum(len(places) for places in locations.values()))
     chunks = chunk_shape(ready.data.shape[1:], plan.configuration(configuration).patch_size)
     with atomic_folder(folder) as place:
         _save_array(place / "data.b2nd", ready.data.astype(precision, copy=False), chunks)
@@ -266,6 +270,26 @@ def _build_case(case: Case, plan: Plan, configuration: str, precision: Precision
             "locations": {name: len(places) for name, places in locations.items()},
         }
         (place / "case.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _read_labels(case: Case, plan: Plan, configuration: str) -> Volume:
+    detection = plan.configuration(configuration).detection
+    return read_label(case) if detection is None else read_objects(case, plan.labels, detection.objects)
+
+
+def _say_lost(name: str, labels: Array, left: int) -> None:
+    """Tell of objects that nearest neighbours miss at the planned spacing."""
+    lost = len(np.setdiff1d(labels, [0])) - left
+    if lost > 0:
+        log.logger.warning(
+            "%s: %d objects are smaller than a voxel of the planned spacing, and are not learnt.", name, lost
+        )
+
+
+def _find_locations(seg: IntArray, plan: Plan, configuration: str) -> dict[str, IntArray]:
+    if plan.configuration(configuration).detection is None:
+        return class_locations(seg, plan.labels)
+    return object_locations(seg, tuple(plan.labels.foreground))
 
 
 def _recipe(plan: Plan, configuration: str, precision: Precision) -> dict[str, Any]:
@@ -280,7 +304,9 @@ def _recipe(plan: Plan, configuration: str, precision: Precision) -> dict[str, A
         "order_z",
         "patch_size",
     )
+    detection = settings.get("detection")
     return {
+        **({} if detection is None else {"objects": detection["objects"]}),
         "version": STORE_VERSION,
         "precision": precision,
         "transpose": plan.transpose_forward,

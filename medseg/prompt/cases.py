@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field
 
 from medseg.config import Config, parse_mapping, read_text
-from medseg.errors import DataError, GeometryError
+from medseg.errors import DataError, GeometryError, ReadError
 from medseg.geometry.orient import to_ras
 from medseg.metrics.overlap import mask_of
 from medseg.prompt.prompts import PLANES, Box, Plane, Point
@@ -75,6 +75,8 @@ class CaseEntry(Config):
         Of an image with several.
     components_mm3 : float, optional
         Take every component (26 neighbours) of at least this volume as an object of its own.
+    hint : str
+        How to get the files; it is said when one is missing.
     """
 
     image: str
@@ -87,6 +89,7 @@ class CaseEntry(Config):
     window: str | tuple[float, float] = "auto"
     channel: int | None = Field(None, ge=0)
     components_mm3: float | None = Field(None, gt=0)
+    hint: str = ""
 
 
 class CasesFile(Config):
@@ -164,8 +167,8 @@ def open_entry(entry: CaseEntry, folders: Sequence[Path]) -> Iterator[PromptObje
     """
     from medseg.io import read
 
-    image = _one_channel(read(_find(entry.image, folders)), entry)
-    labels = read(_find(entry.labels, folders))
+    image = _one_channel(read(_find(entry.image, folders, entry.hint)), entry)
+    labels = read(_find(entry.labels, folders, entry.hint))
     if not image.geometry.matches(labels.geometry):
         raise GeometryError(
             f"{entry.labels}: shape {labels.shape} and affine are not those of {entry.image} "
@@ -200,11 +203,12 @@ def world_point(scene: Scene, click: Click, axis: int) -> Point:
     return Point(position_mm=tuple(position), positive=click.positive, plane=PLANES[axis])
 
 
-def _find(name: str, folders: Sequence[Path]) -> Path:
+def _find(name: str, folders: Sequence[Path], hint: str) -> Path:
     for folder in folders:
         if (folder / name).exists():
             return folder / name
-    return folders[0] / name  # the reader says that it is missing
+    searched = ", ".join(map(str, folders))
+    raise ReadError(f"{name}: no such file in {searched}. {hint or 'Check the path, or give --data FOLDER.'}")
 
 
 def _one_channel(image: Volume, entry: CaseEntry) -> Volume:

@@ -100,8 +100,7 @@ def _recalled(lattice: Lattice, previous: Region, places: Sequence[FloatArray]) 
     shape = canvas.total.shape
     inside = mask.transpose(axes).astype(np.float32)
     found = sample(inside, first, lattice.steps, (shape[0], shape[1], shape[2]))
-    canvas.total[:], canvas.weight[:] = 8 * found.numpy() - 4, 1
-    return canvas
+    return canvas.filled(8 * found.numpy() - 4)
 
 
 def _patch(search: Search, target: Target, config: VolumeConfig, signs: set[bool]) -> Propagation:
@@ -121,7 +120,9 @@ def _patch(search: Search, target: Target, config: VolumeConfig, signs: set[bool
     kept = subtract(region, seen)
     region = clean(obeying(region, search), target, union(kept, held(search, target)), config.clean)
     region = obeying(region, search)  # filling holes may undo a click
-    return Propagation(region, confidence(search, region, target.axis), ())
+    looked = range(seen.start[target.axis], seen.stop[target.axis])
+    sure = confidence(search, region, target.axis)
+    return Propagation(region, {index: value for index, value in sure.items() if index in looked}, ())
 
 
 def _cubes(search: Search) -> Region:

@@ -206,6 +206,7 @@ def prepare(
     for entry in objects:
         request = grid.request(entry, session)
         check_prompts(session.scene, [each for each in request.prompts if not isinstance(each, ObjectMask)])
+        grid.check_reach(request, session)
         for each in request.prompts:
             if isinstance(each, ObjectMask) and each.object not in known:
                 raise DataError(
@@ -244,6 +245,8 @@ class Grid:
 
     def prompt(self, entry: PromptEntry) -> Prompt:
         """Make one prompt."""
+        if self.unit == "voxel" and entry.mask is None and entry.like is None:
+            self.check_voxels(entry)
         if entry.box is not None:
             return self.box(entry.box, entry.plane)
         if entry.mask is not None:
@@ -278,6 +281,19 @@ class Grid:
             both = np.array((both.min(axis=0) - 0.5, both.max(axis=0) + 0.5))
         first, last = self.world(both)
         return Box(corner_mm=first, opposite_mm=last, plane=plane)
+
+    def check_voxels(self, entry: PromptEntry) -> None:
+        """Refuse voxels that the file does not have, in the numbers of its user."""
+        places = np.array(getattr(entry, entry.shape)).reshape(-1, 3)
+        low, high = np.floor(places.min(axis=0) + 0.5), np.floor(places.max(axis=0) + 0.5)
+        shape = self.scene.source.shape
+        if (high < 0).any() or (low >= shape).any():
+            shown = " to ".join(_text(place) for place in places[:2])
+            raise DataError(
+                f"the {entry.shape.replace('_', '-')} {shown} lies outside of the volume of "
+                f"{' x '.join(map(str, shape))} voxels, counted from 0. Check the order of the numbers; "
+                "if they are mm in the world, leave --voxel out (coordinates: mm)."
+            )
 
     def mask(self, text: str, plane: Plane | None) -> Mask:
         """Read a mask."""
@@ -332,6 +348,35 @@ class Grid:
         known = session.state.find(name).axis if name in session.objects else None
         return choose_axis(self.scene, prompts) if known is None else known
 
+    def check_reach(self, request: Request, session: PromptSession) -> None:
+        """Refuse a prompt outside of the slices that its object may reach, in the numbers of its user."""
+        from medseg.prompt.rasterise import beyond
+
+        known = session.state.find(request.name) if request.name in session.objects else None
+        limits = request.limits or (None if known is None else known.limits)
+        if limits is None:
+            return
+        axis = request.axis
+        if axis is None:
+            axis = self.axis_of(request.name, request.prompts, session)
+        lost = beyond(self.scene, request.prompts, axis, limits)
+        if lost is not None:
+            prompt, place = lost
+            at, *ends = (self.slice(n, axis, request.prompts) for n in (place, *limits))
+            raise DataError(
+                f"object {request.name!r}: the {prompt.kind} lies on {PLANES[axis]} slice {at:g} "
+                f"({self.unit}), outside of the range {min(ends):g},{max(ends):g}. Give a range that holds "
+                "every prompt (--z-range FIRST,LAST), or move the prompt."
+            )
+
+    def slice(self, index: int, axis: int, prompts: Sequence[Prompt]) -> float:
+        """Return a slice across an axis of the turned grid as its user would write it."""
+        place = self.scene.to_voxel(_middle(self.scene, prompts))
+        place[axis] = index
+        x, y, z = self.scene.to_world(place)
+        across = axis if self.unit == "mm" else int(np.argmax(np.abs(self.matrix[axis, :3])))
+        return self.spoken((float(x), float(y), float(z)))[across]
+
     def turned(self, axis: int) -> int:
         """Return the axis of the turned grid that runs along an axis of the file."""
         return int(np.argmax(np.abs(self.matrix[:3, axis])))
@@ -342,7 +387,7 @@ class Grid:
         return np.asarray(np.linalg.solve(self.scene.geometry.affine, self.scene.source.affine))
 
     def limits(self, ends: tuple[float, float], axis: int, prompts: Sequence[Prompt] = ()) -> tuple[int, int]:
-        """Return first and last slice across an axis of the turned grid."""
+        """Return first and last slice across an axis of the turned grid; the ends may come in any order."""
         size = self.scene.shape[axis]
         if self.unit == "voxel":
             across = int(np.argmax(np.abs(self.matrix[axis, :3])))

@@ -113,17 +113,37 @@ class Canvas:
         Lattice position of the first voxel.
     total, weight : (a, b, c) float32
         Weighted sum of the logits, and the sum of the weights (0: not looked at).
+    looked : (2, 3) int, optional
+        First and end of the part that was looked at; None: all of it may have been.
     """
 
     start: IntArray
     total: FloatArray
     weight: FloatArray
+    looked: IntArray | None = None
 
     @classmethod
     def over(cls, low: IntArray, high: IntArray) -> "Canvas":
         """Make an empty canvas from lattice position `low` to `high`, both included."""
         shape = tuple(int(n) for n in high - low + 1)
-        return cls(low, np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+        nowhere = np.array([shape, (0, 0, 0)])
+        return cls(low, np.zeros(shape, np.float32), np.zeros(shape, np.float32), nowhere)
+
+    def filled(self, total: FloatArray) -> "Canvas":
+        """Return the canvas with logits everywhere."""
+        return Canvas(self.start, total, np.ones_like(total))
+
+    def part(self) -> "Canvas":
+        """Return the part that was looked at with a rim of one voxel: views, not copies.
+
+        A canvas reaches as far as an object may; of a small lesion it is hundreds of times what is looked at.
+        """
+        if self.looked is None:
+            return self
+        low = np.clip(self.looked[0] - 1, 0, self.total.shape)
+        high = np.clip(self.looked[1] + 1, low, self.total.shape)
+        inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+        return Canvas(self.start + low, self.total[inside], self.weight[inside])
 
     def logits(self) -> FloatArray:
         """Return the mean logits; where nothing was seen, that of absence."""
@@ -147,16 +167,23 @@ class Canvas:
 
     def add(self, start: IntArray, logits: FloatArray, weights: FloatArray) -> None:
         """Add a look."""
-        mine, its = self.overlap(start)
+        mine, its = self._looking(start)
         self.total[mine] += np.clip(logits, -SURE, SURE)[its] * weights[its]
         self.weight[mine] += weights[its]
 
     def replace(self, start: IntArray, logits: FloatArray, weights: FloatArray) -> None:
         """Put a look in place of what was there, by its weights (0..1)."""
-        mine, its = self.overlap(start)
+        mine, its = self._looking(start)
         old = self._mean(mine)
         self.total[mine] = old + weights[its] * (np.clip(logits, -SURE, SURE)[its] - old)
         self.weight[mine] = 1
+
+    def _looking(self, start: IntArray) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        mine, its = self.overlap(start)
+        if self.looked is not None:
+            low, high = np.array([(part.start, part.stop) for part in mine]).T
+            self.looked = np.stack((np.minimum(self.looked[0], low), np.maximum(self.looked[1], high)))
+        return mine, its
 
     def _mean(self, part: tuple[slice, ...]) -> FloatArray:
         seen = self.weight[part] > 0
@@ -165,6 +192,7 @@ class Canvas:
 
 def paint(scene: Scene, lattice: Lattice, canvas: Canvas, threshold: float = 0.0) -> Region:
     """Bring the canvas to the voxels of the scene: linear between its logits."""
+    canvas = canvas.part()
     logits = canvas.logits()
     hits = np.argwhere(logits > threshold)
     if not len(hits):

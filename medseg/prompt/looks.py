@@ -180,8 +180,10 @@ class Search:
 
     def _cut_end(self, known: Known, forward: bool) -> Known | None:
         """Return the slice to go on from, or None where the object ends."""
-        logits = self.canvas.logits()
-        areas = (logits > 0).sum(axis=(0, 1))
+        part = self.canvas.part()
+        areas = np.zeros(self.canvas.total.shape[2], int)
+        first = int(part.start[2] - self.canvas.start[2])
+        areas[first : first + part.total.shape[2]] = (part.logits() > 0).sum(axis=(0, 1))
         at = round(self._plane(known.index)) - int(self.canvas.start[2])
         here = areas[min(max(at, 0), len(areas) - 1)]
         reach = np.flatnonzero(areas[at:] if forward else areas[at::-1])
@@ -190,9 +192,9 @@ class Search:
         end = at + last * (1 if forward else -1)
         if last < 4 or not 3 <= end < len(areas) - 3 or areas[plane] < TAPERED * here:
             return None
-        return self._known_at(logits, plane)
+        return self._known_at(plane)
 
-    def _known_at(self, logits: FloatArray, plane: int) -> Known | None:
+    def _known_at(self, plane: int) -> Known | None:
         """Return the mask of a plane of the canvas as a known slice of the scene."""
         axis = self.lattice.axes[2]
         place = (plane + int(self.canvas.start[2])) * self.lattice.steps[2] + self.lattice.origin[axis]
@@ -251,14 +253,15 @@ def confidence(search: Search, region: Region, axis: int) -> Mapping[int, float]
     """Return for each slice how sure the network is of what it drew there, 0 to 1."""
     if not region.voxels:
         return {}
-    logits = search.canvas.logits()
+    canvas = search.canvas.part()
+    logits = canvas.logits()
     certain = np.abs(np.tanh(logits / 2)) * (logits > -SURE)
     near = (logits > -2).astype(np.float32)
     flat = (0, 1)
     each = (certain * near).sum(axis=flat) / np.maximum(near.sum(axis=flat), 1)
     found = {}
     for index in range(region.start[axis], region.stop[axis]):
-        place = (index - search.lattice.origin[axis]) / search.lattice.steps[2] - search.canvas.start[2]
+        place = (index - search.lattice.origin[axis]) / search.lattice.steps[2] - canvas.start[2]
         found[index] = float(np.clip(each[int(np.clip(round(place), 0, len(each) - 1))], 0, 1))
     return found
 

@@ -149,6 +149,38 @@ def _check_mask(scene: Scene, prompt: Mask, where: str) -> None:
         raise DataError(f"{where}: the mask is empty. Draw it again, or leave it out.")
 
 
+def beyond(
+    scene: Scene, prompts: Sequence[Prompt], axis: int, limits: tuple[int, int]
+) -> tuple[Prompt, int] | None:
+    """Return the first prompt that points at the object outside of its limits only, and on which slice.
+
+    What says where the object is not may lie anywhere.
+    """
+    for prompt in prompts:
+        if not getattr(prompt, "positive", True) or isinstance(prompt, ObjectMask):
+            continue
+        first, last = _extent(scene, prompt, axis)
+        if last < limits[0]:
+            return prompt, last
+        if first > limits[1]:
+            return prompt, first
+    return None
+
+
+def _extent(scene: Scene, prompt: Prompt, axis: int) -> tuple[int, int]:
+    """Return the first and last slice that a prompt touches."""
+    if isinstance(prompt, Box):
+        start, stop = box_voxels(scene, prompt)
+        return start[axis], stop[axis] - 1
+    if isinstance(prompt, Mask):
+        region = prompt.region()
+        return region.start[axis], region.stop[axis] - 1
+    assert not isinstance(prompt, ObjectMask)
+    points = (prompt.position_mm,) if isinstance(prompt, Point) else prompt.points_mm
+    places = nearest(scene.to_voxel(np.array(points)))[:, axis]
+    return int(places.min()), int(places.max())
+
+
 def _inside(scene: Scene, voxels: FloatArray) -> BoolArray:
     return np.asarray(((voxels >= 0) & (voxels < np.array(scene.shape))).all(axis=-1))
 

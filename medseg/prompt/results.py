@@ -167,10 +167,10 @@ def _open(
     )
 
 
-def point(session: PromptSession, requests: Sequence[Request]) -> None:
+def point(session: PromptSession, requests: Sequence[Request], run: bool = True) -> None:
     """Point at objects, one after the other: each is one step of the session."""
     for request in log.progress(requests, "Objects"):
-        session.add(request.name, *request.prompts, axis=request.axis, limits=request.limits)
+        session.add(request.name, *request.prompts, run=run, axis=request.axis, limits=request.limits)
 
 
 def describe(session: PromptSession) -> list[dict[str, Any]]:

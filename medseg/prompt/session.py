@@ -230,6 +230,14 @@ class PromptSession:
         shared = [Conflict(a.name, b.name, self._shared(a, b)) for a, b in pairs]
         return tuple(conflict for conflict in shared if conflict.voxels)
 
+    def outdated(self) -> tuple[str, ...]:
+        """Return objects whose masks were found with other settings; ``run(again=True)`` finds them anew."""
+        settings = self.state.settings
+        config = self._bench.configure(settings)
+        now = (settings.propagator, {} if config is None else config.to_dict())
+        found = (each for each in self.state.objects if each.mask is not None)
+        return tuple(o.name for o in found if o.window is None or (o.propagator, dict(o.config)) != now)
+
     def segmentation(self) -> Segmentation:
         """Return all objects as one label map on the grid of the source.
 
@@ -440,7 +448,7 @@ class PromptSession:
     def _adding(
         self, name: str, prompts: Sequence[Prompt], axis: int | None, limits: tuple[int, int] | None
     ) -> Add:
-        from medseg.prompt.rasterise import check_prompts
+        from medseg.prompt.rasterise import beyond, check_prompts
 
         state = self.state
         known = state.find(name) if name in state.names else ObjectState(name)
@@ -457,18 +465,31 @@ class PromptSession:
             raise DataError(
                 f"limits {limits}: expected first and last slice, from 0 to {size - 1} across axis {axis}."
             )
+        reach = known.limits if limits is None else limits
+        if reach is not None:
+            lost = beyond(self._bench.scene, (*self._bench.prompts(known), *event.prompts), axis, reach)
+            if lost is not None:
+                raise DataError(
+                    f"limits {reach}: a {lost[0].kind} of object {name!r} lies on slice {lost[1]} across "
+                    f"axis {axis}, outside of them. Give limits that hold every prompt, or move the prompt."
+                )
         return event
 
     def _run(self, name: str, again: bool, joined: bool) -> None:
         state, bench = self.state, self._bench
         known = state.find(name)
         if known.mask is None and not any(getattr(each, "positive", True) for each in known.prompts):
+            near = difflib.get_close_matches(name, [each for each in state.names if each != name], n=1)
+            hint = f"Did you mean object {near[0]!r}? Else add" if near else "Add"
             raise DataError(
-                f"object {name!r}: its prompts say only where it is not. Add a click, a box or a line inside."
+                f"object {name!r}: its prompts say only where it is not. {hint} a click, a box or a line "
+                "inside."
             )
         window = bench.window(state.settings, known)
         outcome = bench.run(state, known, again, window)
         keys = {each: bench.masks.put(region) for each, region in outcome.masks.items()}
+        # What a correction did not look at is as sure as it was.
+        before = {} if again else _slices_of(known, outcome.masks[name])
         self._commit(
             Run(
                 object=name,
@@ -477,7 +498,7 @@ class PromptSession:
                 window=window,
                 propagator=state.settings.propagator,
                 config={} if outcome.config is None else outcome.config.to_dict(),
-                confidence=_plain_confidence(outcome.said.confidence),
+                confidence=_plain_confidence(before | dict(outcome.said.confidence)),
                 notes=outcome.said.notes,
                 models=bench.models_at(window),
                 again=again,
@@ -517,7 +538,10 @@ def _make_scene(volume: Volume | PathLike, channel: int | None) -> Scene:
         if not 0 <= channel < volume.channels:
             raise DataError(f"channel {channel}: the image has {volume.channels} (from 0). Choose another.")
         volume = volume.with_array(volume.array[channel])
-    return Scene.of(volume, (0.0, 1.0))
+    scene = Scene.of(volume, (0.0, 1.0))
+    if scene.array.size > 1 and scene.array.min() == scene.array.max():
+        raise DataError("all voxels have the same value: there is nothing to see. Is it the right file?")
+    return scene
 
 
 def _defaults(custom: bool) -> dict[str, Any]:
@@ -606,14 +630,25 @@ def _check_image(folder: Path | None, opened: Any, scene: Scene) -> None:
     if not isinstance(opened, Opened):
         raise ReadError(f"{folder}: the journal does not begin with an image. Restore a backup.")
     if opened.image != scene.digest:
+        there, here = _size(opened.shape, opened.spacing), _size(scene.shape, scene.spacing)
+        why = f"{there}; the one given: {here}"
+        if there == here:
+            why = f"both have {here}, but the values or the position of the voxels differ"
         raise DataError(
-            f"{folder}: this session is about another image ({_size(opened.shape, opened.spacing)}; "
-            f"the one given: {_size(scene.shape, scene.spacing)}). Open that image, or choose another folder."
+            f"{folder}: this session is about another image ({why}). Open that image, or choose another "
+            "folder."
         )
 
 
 def _size(shape: Sequence[int], spacing: Sequence[float]) -> str:
     return f"{' x '.join(map(str, shape))} voxels of {' x '.join(f'{s:.3g}' for s in spacing)}"
+
+
+def _slices_of(known: ObjectState, region: Region) -> dict[int, float]:
+    """Return the confidence so far of the slices that a mask still has."""
+    axis = _AXIAL if known.axis is None else known.axis
+    inside = range(region.start[axis], region.stop[axis])
+    return {index: value for index, value in known.confidence if index in inside}
 
 
 def _plain_confidence(confidence: Mapping[int, float]) -> tuple[tuple[int, float], ...]:

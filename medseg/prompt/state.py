@@ -52,7 +52,7 @@ class Settings(Config):
     Attributes
     ----------
     window : a preset, ``LEVEL/WIDTH``, the two values, or ``auto`` (see :mod:`medseg.prompt.windows`)
-    modality : ``CT``, ``MR``, ``PET``; None: seen from the values
+    modality : ``CT``, ``MR``, ``PET``, ``other``; None: seen from the values
     overlap : who gets a voxel that two objects want: the newest mask (``overwrite``), the older one
         (``keep``), or the user says it (``ask``)
     propagator : name in :data:`medseg.prompt.PROPAGATORS`

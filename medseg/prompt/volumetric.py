@@ -27,7 +27,7 @@ from medseg.prompt.target import Propagation, Target
 def propagate_volume(models: Models, target: Target, config: VolumeConfig) -> Propagation:
     """Find the object of a target in 3D, or correct it where its newest clicks are."""
     given = {index: steady(asked) for index, asked in anchors(models.scene, target).items()}
-    with task("looks") as steps:
+    with task("Looking around the object") as steps:
         if target.previous is not None and target.previous.voxels:
             return correct(models, target, config, given, steps)
         known = [

@@ -49,7 +49,11 @@ _FAT_HU, _FAT_SHARE = -40.0, 0.02
 _MOST_SAMPLES = 4_000_000
 # Half the side of the cube that is looked at around a click.
 _CLICK_MM = 3.0
-_OTHER_NAMES = {"MRI": "MR", "PT": "PET", "T1": "MR", "T2": "MR", "FLAIR": "MR", "CBCT": "CT"}
+# What a modality may be called. OTHER is all that is neither: ultrasound, microscopy, a photograph.
+_NAMES = {
+    **{"CT": "CT", "MR": "MR", "PET": "PET", "OTHER": "other"},
+    **{"MRI": "MR", "PT": "PET", "T1": "MR", "T2": "MR", "FLAIR": "MR", "CBCT": "CT"},
+}
 
 
 @dataclass(frozen=True)
@@ -105,13 +109,13 @@ def find_window(
     wanted : the name of a preset of :data:`WINDOWS` (CT), ``percentiles`` (anything else), the two values
         (black, white), ``LEVEL/WIDTH`` such as ``40/400``, or ``auto``: for CT the first of soft tissue,
         lung and bone that shows what lies in `region`, else percentiles 0.5 and 99.5 of the voxels above 0
-    modality : ``CT``, ``MR``, ``PET`` or another name, where it is known; else it is seen from the values
+    modality : ``CT``, ``MR``, ``PET`` or ``other``, where it is known; else it is seen from the values
     region : what was pointed at, on the grid of the volume turned to RAS (:func:`prompted_region`)
 
     Raises
     ------
     ConfigError
-        The window is unknown, has no width, or is not one for this modality.
+        The window or the modality is unknown, or the window has no width or is not one for this modality.
     DataError
         No voxel is finite.
     """
@@ -186,7 +190,11 @@ def _modality(array: Array, told: str | None) -> str:
     if told is None:
         return "CT" if looks_like_ct(array) else "other"
     name = told.strip().upper()
-    return _OTHER_NAMES.get(name, name if name in ("CT", "MR", "PET") else "other")
+    if name not in _NAMES:
+        near = difflib.get_close_matches(name, _NAMES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_NAMES)}."
+        raise ConfigError(f"modality {told!r}: unknown; {hint}")
+    return _NAMES[name]
 
 
 def _given(wanted: str | tuple[float, float]) -> tuple[float, float]:

@@ -32,6 +32,21 @@ class Outcome:
     config: Config | None
 
 
+# Who loses this part of its voxels to another object is named.
+_NOTABLE = 0.25
+
+
+def _losses(before: Mapping[str, Region], after: Mapping[str, Region], winner: str) -> list[str]:
+    """Return a sentence for each object that a new mask took much of."""
+    lost = {name: 1 - after[name].voxels / before[name].voxels for name in before if name in after}
+    return [
+        f"{name} has lost {part:.0%} of its voxels to {winner}. Undo, or let earlier objects keep theirs "
+        "(overlap: keep)."
+        for name, part in lost.items()
+        if part >= _NOTABLE
+    ]
+
+
 class Workbench:
     """The image, the networks, and the masks that were made so far.
 
@@ -90,7 +105,7 @@ class Workbench:
         masks = {known.name: region}
         if settings.overlap == "overwrite":
             masks |= {name: subtract(o, region) for name, o in others.items() if count_shared(o, region)}
-        return Outcome(masks, said, config)
+        return Outcome(masks, replace(said, notes=(*said.notes, *_losses(others, masks, known.name))), config)
 
     def models_at(self, window: Window) -> tuple[dict[str, str], ...]:
         """Return name, licence and hash of the networks that have looked through a window."""

@@ -346,7 +346,7 @@ def make_job(setup: CentreSetup, prepared: Prepared, resume: bool) -> loop.Job:
         key=setup.key,
         title=f"Training fold {setup.fold}",
         resume=resume,
-        loss=lambda outputs, goal, job, shared: centre_loss(outputs, goal, heads, config.loss),
+        loss=lambda network, images, goal, step: centre_loss(network(images), goal, heads, config.loss),
         counts=lambda outputs, goal, labels: count_overlap(outputs, goal, heads),
     )
 

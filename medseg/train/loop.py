@@ -29,6 +29,10 @@ STOP_FILE = "STOP"
 STATE_FILE = "state.safetensors"
 BEST_FILE = "best.safetensors"
 
+LossOf = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+Counts = Callable[[Tensor, Tensor, LabelSet], Tensor]
+"""From a network, images, their label maps and the number of the step to the loss."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -41,8 +45,8 @@ class Job:
     folder : where state, log and best weights are kept
     key : hash of everything that must agree on resume
     limit_seconds : end the schedule after this much time; None runs all steps
-    loss, counts : how outputs are judged where not as classes or regions: the counterparts of
-        :func:`total_loss` and :func:`overlap_counts`
+    loss : of networks that are no segmentations: of network, images, targets and step
+    counts : the counterpart of :func:`overlap_counts` for them; without it, they are validated after training
     """
 
     network: nn.Module
@@ -57,12 +61,8 @@ class Job:
     title: str
     limit_seconds: float | None = None
     resume: bool = False
-    loss: "Loss | None" = None
-    counts: "Counts | None" = None
-
-
-Loss = Callable[[Tensor | Sequence[Tensor], Tensor, Job, bool], Tensor]
-Counts = Callable[[Tensor, Tensor, LabelSet], Tensor]
+    loss: LossOf | None = None
+    counts: Counts | None = None
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,11 @@ class Session:
         config = self.job.config
         set_learning_rate(self.optimizer, config, fraction)
         images = images.to(self.fabric.device, non_blocking=True)
-        outputs = self.network(images)
-        judge = self.job.loss or total_loss
-        loss = judge(outputs, segs.to(self.fabric.device), self.job, self.fabric.world_size > 1)
+        segs = segs.to(self.fabric.device)
+        if self.job.loss is not None:
+            loss = self.job.loss(self.network, images, segs, self.progress.step)
+        else:
+            loss = total_loss(self.network(images), segs, self.job, self.fabric.world_size > 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         self.fabric.clip_gradients(
@@ -414,6 +416,10 @@ def overlap_counts(logits: Tensor, segs: Tensor, labels: LabelSet) -> Tensor:
 def made_fast(job: Job, fabric: Any) -> nn.Module:
     """Return the network compiled, or with the batch split among the cores of a CPU, or as it is."""
     network, mode, device = job.network, job.config.compile, fabric.device.type
+    if (
+        job.loss is not None and job.counts is None
+    ):  # a detector: its work depends on what is found: nothing to compile, or to split by sample
+        return network
     if mode == "on" or (mode == "auto" and device == "cuda"):
         return cast(nn.Module, torch.compile(network))
     threads = torch.get_num_threads()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medseg.errors import ConfigError
+from medseg.plan import Recipe
 from medseg.train.config import (
     AugmentConfig,
     Elastic,
@@ -40,7 +41,36 @@ CPU = TrainConfig(
     final_mirroring=False,
 )
 
-RECIPES: dict[str, TrainConfig] = {"nnunet": NNUNET, "cpu": CPU}
+# Detectors: their heads learn from regions that differ from step to step, which large momentum and rates
+# do not forgive, so AdamW; validation follows training. No value here was tuned on a benchmark.
+DETECTION = TrainConfig(
+    epochs=100,
+    steps_per_epoch=250,
+    val_samples=0,
+    oversample_foreground=0.5,
+    optimizer=OptimizerConfig(name="adamw", lr=3e-4, weight_decay=1e-2, clip_norm=5.0),
+    schedule=ScheduleConfig(name="cosine", warmup=0.03),
+    augment=AugmentConfig(rotation=Rotation(p=0.4), scaling=Scaling(p=0.4, low=0.7, high=1.4)),
+    ema_decay=0.998,
+    compile="off",
+    final_mirroring=False,
+)
+DETECTION_CPU = DETECTION.replace(
+    epochs=16,
+    optimizer=OptimizerConfig(name="adamw", lr=1e-3, weight_decay=1e-2, clip_norm=5.0).to_dict(),
+    ema_decay=0.99,
+    loader_threads=1,
+    checkpoint_seconds=60.0,
+)
+
+RECIPES: dict[str, TrainConfig] = {
+    "nnunet": NNUNET,
+    "cpu": CPU,
+    "detection": DETECTION,
+    "detection-cpu": DETECTION_CPU,
+}
+# Of a detector, by the recipe of the plan.
+DETECTION_RECIPES: dict[Recipe, str] = {"nnunet": "detection", "cpu": "detection-cpu"}
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -9,11 +9,13 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from medseg.bundle import Bundle, load_bundle, save_bundle
 from medseg.errors import ConfigError, DatasetError
@@ -23,12 +25,13 @@ from medseg.io import Case, Dataset, read
 from medseg.nets import build_network
 from medseg.plan import Plan
 from medseg.preprocess import Store, build_store, preprocess_labels
-from medseg.train import loop, report
+from medseg.train import detection_report, loop, report
 from medseg.train.processes import claimed, launch
 from medseg.train.samples import CaseArrays, Sampler
 from medseg.train.setup import (
     Fold,
     Setup,
+    Task,
     check_folder,
     decide,
     is_finished,
@@ -60,6 +63,7 @@ def fit(
     previous: PathLike | None = None,
     splits: PathLike | None = None,
     device: str = "auto",
+    task: Task = "segment",
 ) -> Path:
     """Train one fold and write its bundle, validation and report.
 
@@ -78,6 +82,7 @@ def fit(
     previous : run folder of the first stage, for 3d_cascade_fullres
     splits : ``splits_final.json`` with custom folds
     device : auto, cpu, cuda or mps
+    task : segment, or detection: a Mask R-CNN that finds objects
 
     Returns
     -------
@@ -94,7 +99,7 @@ def fit(
     started = time.monotonic()
     check_writable(out, folder=True)
     setup = decide(
-        dataset, out, plan, preset, configuration, fold, overrides, recipe, pretrained, previous, splits
+        dataset, out, plan, preset, configuration, fold, overrides, recipe, pretrained, previous, splits, task
     )
     check_folder(setup, resume)
     if is_finished(setup):
@@ -163,9 +168,9 @@ def make_job(setup: Setup, store: Store, resume: bool) -> loop.Job:
             list(axes),
         )
     masked = tuple(k for k, masked in enumerate(setup.settings.use_mask_for_norm) if masked)
-    patch, labels = setup.settings.patch_size, setup.plan.labels
+    patch, labels, detects = setup.settings.patch_size, setup.plan.labels, setup.settings.detection
     seen = [arrays[case.name] for case in setup.train]
-    held = [arrays[case.name] for case in setup.validation]
+    held = [] if detects else [arrays[case.name] for case in setup.validation]
     return loop.Job(
         network=network,
         labels=labels,
@@ -178,7 +183,15 @@ def make_job(setup: Setup, store: Store, resume: bool) -> loop.Job:
         key=setup.key,
         title=f"Training fold {setup.fold}",
         resume=resume,
+        loss=None if detects is None else partial(detection_loss, seed=setup.config.seed),
     )
+
+
+def detection_loss(network: torch.nn.Module, images: Tensor, segs: Tensor, step: int, seed: int) -> Tensor:
+    """Return the sum of a detector's losses; which regions it learns from follows from seed and step."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    losses: dict[str, Tensor] = network(images, segs, generator)
+    return torch.stack([*losses.values()]).sum()
 
 
 def mirror_axes(setup: Setup, store: Store) -> tuple[int, ...]:
@@ -236,6 +249,10 @@ def _in_channels(setup: Setup) -> int:
 
 
 def _build(setup: Setup) -> torch.nn.Module:
+    if setup.settings.detection is not None:
+        from medseg.nets.maskrcnn import MaskRCNN
+
+        return MaskRCNN(setup.settings.architecture, setup.settings.detection, _in_channels(setup))
     return build_network(
         setup.settings.architecture,
         _in_channels(setup),
@@ -286,4 +303,7 @@ def _finish(setup: Setup, outcome: loop.Outcome, store: Store, bundle: Path) -> 
         card,
         previous=None if setup.previous is None else load_bundle(setup.previous),
     )
+    if setup.settings.detection is not None:
+        detection_report.finish(setup, outcome, bundle)
+        return
     report.finish(setup, outcome, bundle)

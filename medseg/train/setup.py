@@ -16,14 +16,16 @@ from medseg.errors import ConfigError, DatasetError, PlanError, TrainingError
 from medseg.files import write_text
 from medseg.io import Case, Dataset, open_dataset
 from medseg.plan import Configuration, Plan, choose_split, load_plan, make_plan
+from medseg.plan.objects import name_objects
 from medseg.train import loop
 from medseg.train.config import TrainConfig
-from medseg.train.recipes import load_recipe
+from medseg.train.recipes import DETECTION_RECIPES, load_recipe
 from medseg.types import PathLike
 
 logger = logging.getLogger("medseg")
 
 Fold = int | Literal["all"]
+Task = Literal["segment", "detection"]
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,18 @@ def decide(
     pretrained: PathLike | None = None,
     previous: PathLike | None = None,
     splits: PathLike | None = None,
+    task: Task = "segment",
 ) -> Setup:
     """Settle everything about a run without touching the disk; parameters as in :func:`fit`."""
     if not isinstance(dataset, Dataset):
         dataset = open_dataset(dataset)
-    chosen = _choose_plan(dataset, Path(out), plan, preset)
+    if task == "detection":
+        dataset = name_objects(dataset)
+    chosen = _choose_plan(dataset, Path(out), plan, preset, task, configuration)
     _check_plan(chosen, dataset)
     train, validation = _split(dataset, fold, splits)
     name = configuration or chosen.default_configuration
+    _check_task(chosen, name, task)
     if chosen.configuration(name).previous_stage and previous is None:
         raise ConfigError(
             f"{name}: needs the results of {chosen.configuration(name).previous_stage}. "
@@ -98,7 +104,7 @@ def decide(
         dataset=dataset,
         plan=chosen,
         configuration=name,
-        config=load_recipe(recipe or chosen.recipe, overrides),
+        config=load_recipe(recipe or recipe_of(chosen, task), overrides),
         fold=fold,
         train=train,
         validation=validation,
@@ -116,9 +122,10 @@ def describe(dataset: Dataset | PathLike, out: PathLike, **choices: Any) -> dict
         "dataset": str(setup.dataset.root),
         "run": str(setup.run),
         "preset": setup.plan.preset,
-        "recipe": setup.plan.recipe,
+        "recipe": recipe_of(setup.plan, "segment" if settings.detection is None else "detection"),
         "configuration": setup.configuration,
         "network": settings.architecture.network,
+        **_describe_detection(settings),
         "patch": list(settings.patch_size),
         "batch": setup.batch_size,
         "spacing": list(settings.spacing),
@@ -127,6 +134,24 @@ def describe(dataset: Dataset | PathLike, out: PathLike, **choices: Any) -> dict
         "train": len(setup.train),
         "validation": len(setup.validation),
     }
+
+
+def _describe_detection(settings: Configuration) -> dict[str, Any]:
+    detection = settings.detection
+    if detection is None:
+        return {}
+    fit = detection.anchor_fit
+    return {
+        "task": "detection",
+        "objects": detection.objects,
+        "anchors": [[round(side, 1) for side in size] for size in detection.anchors[0]],
+        "anchor IoU": None if fit is None else fit.mean_iou,
+    }
+
+
+def recipe_of(plan: Plan, task: Task) -> str:
+    """Return the name of the recipe that goes with a plan."""
+    return plan.recipe if task == "segment" else DETECTION_RECIPES[plan.recipe]
 
 
 def is_finished(setup: Setup) -> bool:
@@ -180,7 +205,14 @@ def write_inputs(setup: Setup) -> None:
     write_text(setup.folder / "run.json", json.dumps(facts, indent=1))
 
 
-def _choose_plan(dataset: Dataset, run: Path, plan: Plan | PathLike | None, preset: str | None) -> Plan:
+def _choose_plan(
+    dataset: Dataset,
+    run: Path,
+    plan: Plan | PathLike | None,
+    preset: str | None,
+    task: Task,
+    configuration: str | None,
+) -> Plan:
     existing = run / "plan.yaml"
     if plan is not None and preset is not None:
         raise ConfigError(f"a plan and the preset {preset!r} are both given. Leave one out.")
@@ -191,7 +223,23 @@ def _choose_plan(dataset: Dataset, run: Path, plan: Plan | PathLike | None, pres
     if existing.exists() and preset is None:
         logger.info("Using the plan that is in the run folder, %s.", existing)
         return load_plan(existing)
+    if task == "detection":
+        from medseg.plan.detector import plan_detection
+
+        return plan_detection(dataset, preset, configuration)
     return make_plan(dataset, preset)
+
+
+def _check_task(plan: Plan, configuration: str, task: Task) -> None:
+    """Refuse a plan of the other task."""
+    detects = plan.configuration(configuration).detection is not None
+    if detects and task == "segment":
+        raise PlanError(f"the plan of {plan.dataset_name} is that of a detector. Pass --task detection.")
+    if task == "detection" and not detects:
+        raise PlanError(
+            f"the plan of {plan.dataset_name} has no detector for {configuration}. Leave --plan out to have "
+            "one made, in a new folder."
+        )
 
 
 def _check_plan(plan: Plan, dataset: Dataset) -> None:

@@ -1,6 +1,7 @@
 """Packages through real pip, addresses, hubs: what each leaves, and what each says when it cannot."""
 
 import io
+import logging
 import subprocess
 import sys
 import tarfile
@@ -9,6 +10,7 @@ import urllib.error
 import urllib.request
 from http.client import HTTPMessage, IncompleteRead
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -294,6 +296,40 @@ def test_a_hub_that_does_not_answer_or_sends_something_else_is_named(
     assert "model hub somebody/tiny (Offline)" in refusal(shop)
     hub(monkeypatch, DATA + b".")
     assert "model hub somebody/tiny (refused, 1,001 bytes instead of 1,000)" in refusal(shop)
+
+
+def test_a_hub_without_a_connection_is_one_short_sentence_whatever_its_client_says(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class LocalEntryNotFoundError(Exception):
+        pass
+
+    logger = logging.getLogger("huggingface_hub")
+
+    def download(*_: object, **__: object) -> str:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise LocalEntryNotFoundError("An error happened, and we cannot find the files in the local cache.")
+
+    class LateClient(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name != "hf_hub_download":
+                raise AttributeError(name)
+            logger.setLevel(
+                logging.WARNING
+            )  # as the true one: its modules are loaded when they are asked for
+            return download
+
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", LateClient("huggingface_hub"))
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
+    shop.stock(Hub("somebody/tiny", "tiny.pth"))
+    try:
+        said = refusal(shop)
+    finally:
+        logger.removeHandler(handler)
+    assert "model hub somebody/tiny (no answer). " in said and "--from FILE." in said
+    assert "Retrying" not in capfd.readouterr().err and logger.level == logging.WARNING
 
 
 def test_without_the_client_of_a_hub_a_sentence_says_how_to_get_it(

@@ -67,6 +67,16 @@ def test_what_could_not_be_measured_ends_with_exit_code_three_and_the_rest_is_to
     assert "blocks (1)" in done.output
 
 
+def test_a_missing_file_says_where_it_was_looked_for_and_how_to_get_it(
+    cases: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = "- {image: other.nii.gz, labels: labels.nii.gz, name: n, hint: Run convert.py first.}\n"
+    cases.write_text(missing + missing.replace(", hint: Run convert.py first.", ""))
+    assert isinstance(run(cases, "--propagator", "watershed", "--clicks", "0").exception, PartialFailure)
+    where = f"other.nii.gz: no such file in {cases.parent / 'data'}. "
+    assert where + "Run convert.py first." in caplog.text and where + "Check the path" in caplog.text
+
+
 def test_wrong_words_are_refused_before_anything_is_measured(cases: Path) -> None:
     assert isinstance(run(cases, "--propagator", "watersched").exception, ConfigError)
     assert isinstance(run(cases, "--weights", "mobile-sam").exception, ConfigError)

@@ -16,6 +16,7 @@ from medseg.config import Config
 from medseg.errors import MedsegError
 from medseg.io import read, write
 from medseg.prompt import propagators
+from medseg.prompt.windows import WINDOWS
 from medseg.types import Array
 from medseg.volume import Geometry, Volume
 from tests.phantoms import GEOMETRIES, affine, noise, tilted
@@ -189,6 +190,34 @@ def test_settings_of_the_propagator_can_be_set_and_stay_with_a_session() -> None
     assert json.loads(Path("out.prompt.json").read_text())["provenance"]["settings"]["config"] == {"size": 3}
 
 
+def test_a_setting_that_does_not_reach_back_says_so_and_how_it_would(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="medseg")
+    source = image()
+    run(source, *POINT, "--object", "a", "--session", "s")
+    run(source, "--set", "size=2", "--session", "s")
+    assert "--set: only for what is found from now on" in caplog.text and "was: a. " in caplog.text
+    caplog.clear()
+    run(source, "--set", "size=3", "--session", "s", "--again", "-o", "out.nii.gz")
+    said = json.loads(Path("out.prompt.json").read_text())["provenance"]
+    assert said["objects"][0]["config"] == {"size": 3} and "from now on" not in caplog.text
+
+
+def test_the_help_names_all_propagators_and_windows() -> None:
+    words = " ".join(re.sub(r"[^\w ]", " ", run("--help").stdout).split())
+    for name in (*(each for each in propagators.PROPAGATORS if each != "fake"), *WINDOWS):
+        assert name in words
+    assert "volume the default" in words
+
+
+def test_a_sheet_that_is_no_png_replaces_nothing() -> None:
+    source = image()
+    kept = image("two.nii.gz").read_bytes()
+    assert "ends in .png" in sentence(source, *POINT, "-o", "out.nii.gz", "--sheet", "two.nii.gz", code=5)
+    assert Path("two.nii.gz").read_bytes() == kept
+
+
 def test_shared_voxels_wait_for_an_answer() -> None:
     words = (
         image(),
@@ -310,6 +339,11 @@ def test_a_sheet_replaces_neither_image_nor_label_map() -> None:
 MISTAKES: dict[str, tuple[tuple[object, ...], str, int]] = {
     "outside": (("--point", "500,0,0"), r"outside of the volume.* run from", 4),
     "box outside": (("--voxel", "--box", "90,90,5,95,95,5"), "outside of the volume", 4),
+    "voxel outside": (
+        ("--voxel", "--point", "8,300,5"),
+        r"point \(8, 300, 5\) lies outside of the volume of 24 x 20 x 12 voxels",
+        4,
+    ),
     "no area": (("--box", "-40,8,95,-40,8,95"), "has no volume|has no area", 4),
     "no area in voxels": (("--voxel", "--box", "5,5,5,5,5,5"), "has no area", 4),
     "a line": (("--voxel", "--lasso", "5,5,5 6,6,5 7,7,5"), "encloses nothing", 4),
@@ -318,6 +352,12 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str, int]] = {
     "wrong winner": ((*POINT, "--resolve", "livr,spleen"), "none of that name", 4),
     "undo too far": (("--session", "s", "--undo", "3"), "steps to undo", 4),
     "range outside": ((*POINT, "--z-range", "40,50"), "outside of the 12 axial slices", 4),
+    "range beside the prompt": (
+        (*POINT, "--z-range", "7,9"),
+        r"point lies on axial slice 5 \(voxel\), outside of the range 7,9\. .*--z-range",
+        4,
+    ),
+    "reversed range beside the prompt": ((*POINT, "--z-range", "9,7"), "outside of the range 7,9", 4),
     "no numbers": (("--point", "a,b,c"), "expected numbers", 5),
     "two numbers": (("--point", "1,2"), "expected 3 numbers, found 2", 5),
     "nothing": ((), "nothing points at an object", 5),
@@ -326,6 +366,9 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str, int]] = {
     "wrong plane": ((*POINT, "--plane", "transversal"), "use axial, coronal or sagittal", 5),
     "wrong axis": ((*POINT, "--axis", "3"), "use axial.* or 2", 5),
     "wrong window": ((*POINT, "--window", "livver"), "did you mean 'liver'", 5),
+    "wrong modality": ((*POINT, "--modality", "XX"), "'XX': unknown; known: CT, MR, PET", 5),
+    "nearly a modality": ((*POINT, "--modality", "pett"), "did you mean 'PET'", 5),
+    "again of nothing": ((*POINT, "--again"), "--session", 5),
     "wrong overlap": ((*POINT, "--overlap", "both"), "overwrite, keep or ask", 5),
     "wrong propagator": ((*POINT, "--propagator", "teleport"), "teleport", 5),
     "wrong setting": ((*POINT, "--set", "sise=2"), "did you mean 'size'", 5),
@@ -413,7 +456,7 @@ def test_odd_volumes_have_a_result_on_their_own_grid(name: str) -> None:
 
 def test_a_session_about_another_image_is_refused() -> None:
     run(image(), *POINT, "--session", "s")
-    other = image("other.nii.gz", np.ones(SHAPE, np.float32))
+    other = image("other.nii.gz", np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE))
     assert "another image" in sentence(other, *POINT, "--session", "s", "-o", "out.nii.gz", code=4)
 
 

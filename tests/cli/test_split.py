@@ -59,7 +59,7 @@ def test_the_json_says_how_many_of_what_and_what_was_removed(tmp_path: Path) -> 
     assert facts["objects"] == 2 and facts["objects_of_label"] == {"3": 2}
     assert facts["dropped"] == [{"rule": "smaller than 5 mm2", "count": 2, "voxels": 2}]
     assert facts["spacing"] == [2.0, 2.0] and facts["unit"] == "mm"
-    assert facts["settings"]["connectivity"] == 26
+    assert facts["settings"] == {"h": 1.5, "rel": 0.0, "floor": 0.0, "connectivity": 26}
 
 
 def test_depths_and_volumes_are_in_mm_in_a_microscope_too(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from PIL import Image
 from medseg.errors import DataError, GeometryError
 from medseg.instances.export.follow_up import describe_follow_up, write_follow_up
 from medseg.instances.follow_up import FollowUpConfig, follow_up
+from medseg.instances.read import components_of
 from medseg.instances.register import register_images
+from medseg.instances.schema import instances_of
 from medseg.io import read
 from medseg.types import FloatArray
-from medseg.volume import Volume
+from medseg.volume import Geometry, Volume
 from tests.instances.patients import Ball, body, centred, lesions, rigid
 
 BASELINE = [
@@ -141,3 +143,24 @@ def test_everything_is_written_and_read_back(tmp_path: Path) -> None:
     assert report["response"]["overall"] == "PD"
     with Image.open(files["picture"]) as picture:
         assert picture.size[0] > 1000
+
+
+def test_a_known_movement_of_a_real_head_is_found_with_the_lesions_that_went(data_dir: Path) -> None:
+    folder = data_dir / "ms_lesion" / "patient19"
+    image, mask = read(folder / "FLAIR.nii.gz"), read(folder / "GOLD_STANDARD.nii.gz")
+    transform = rigid((6, -4, 10), (12, -8, 15))
+    moved = Geometry(image.shape, transform @ image.geometry.affine)
+    before = instances_of(components_of(mask))
+    gone = np.argsort(-before.voxels)[3:8] + 1
+    left = np.where(np.isin(before.volume.array, gone), 0, before.volume.array)
+    # The baseline has every second voxel, so that its voxels are not those of the follow-up.
+    thin = image.geometry.affine @ np.diag([2.0, 2.0, 2.0, 1.0])
+    half = image.array[:, ::2, ::2, ::2]
+    baseline = Volume(half, Geometry(half.shape[1:], thin))
+    images = (baseline, Volume(image.array, moved))
+    found = follow_up(before, instances_of(Volume(left, moved)), images)
+    corners = np.array([[x, y, z, 1.0] for x in (-60, 60) for y in (-70, 50) for z in (-30, 60)])
+    assert np.linalg.norm((corners @ (found.transform - transform).T)[:, :3], axis=1).max() < 1
+    went = sorted(label for event in found.events if event.kind == "gone" for label in event.first)
+    assert went == sorted(gone.tolist())
+    assert found.counts()["new"] == 0

@@ -1,5 +1,7 @@
 """Cells of a film with known tracks and divisions."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from tests.instances.shapes import objects
 Disc = tuple[float, float, float]
 
 
-def frame(discs: list[Disc], shape: tuple[int, int] = (60, 60)) -> Instances:
+def frame(discs: Sequence[Disc], shape: tuple[int, int] = (60, 60)) -> Instances:
     """Return discs (x, y, radius) as objects in the order given."""
     x, y = np.indices(shape)
     labels = np.zeros(shape, np.int32)

@@ -1,12 +1,16 @@
 """The table: units in its names, and values for every awkward image."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from medseg.errors import GeometryError
 from medseg.instances.compiled import COMPILED
+from medseg.instances.export import write_csv
 from medseg.instances.schema import instances_of
 from medseg.instances.table import BASIC, MeasureConfig, measure_objects, measure_regions
 from medseg.volume import Geometry, Volume
@@ -137,3 +141,32 @@ def test_a_hundred_thousand_objects_are_measured_in_seconds() -> None:
     assert (table["volume_mm3"] == 64).all()
     assert table["neighbours"].max() == 6
     assert time.process_time() - before < 30
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None
+import numpy as np
+from medseg.instances.compiled import COMPILED
+from medseg.instances.export import write_csv
+from medseg.instances.table import measure_objects
+from medseg.volume import Volume
+from tests.instances.shapes import objects, scattered
+from tests.instances.test_table import EVERYTHING
+assert not COMPILED
+for n, shape in enumerate([(14, 13), (9, 8, 7)]):
+    found = objects(scattered(shape, 9))
+    image = Volume(np.random.default_rng(0).normal(size=found.volume.array.shape), found.geometry)
+    write_csv(measure_objects(found, image, config=EVERYTHING), f"{sys.argv[1]}/{n}.csv")
+"""
+
+
+@pytest.mark.skipif(not COMPILED, reason="numba is not installed")
+def test_without_numba_every_number_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", WITHOUT_NUMBA, str(tmp_path)], check=True, cwd=root)
+    for n, shape in enumerate([(14, 13), (9, 8, 7)]):
+        found = objects(scattered(shape, 9))
+        image = Volume(np.random.default_rng(0).normal(size=found.volume.array.shape), found.geometry)
+        write_csv(measure_objects(found, image, config=EVERYTHING), tmp_path / "ours.csv")
+        assert (tmp_path / "ours.csv").read_text() == (tmp_path / f"{n}.csv").read_text()

@@ -5,6 +5,7 @@ from numpy.testing import assert_array_equal
 
 from medseg.labels import LabelSet
 from medseg.preprocess import class_locations
+from medseg.preprocess.locations import object_locations
 
 
 def test_locations_lie_on_their_label_and_are_distinct() -> None:
@@ -38,3 +39,14 @@ def test_with_an_ignore_label_all_annotated_voxels_are_an_entry() -> None:
     assert list(places) == ["a", "annotated"]
     assert_array_equal(np.unique(seg[0][tuple(places["annotated"].T)]), [-1, 0, 1])
     assert len(places["annotated"]) == (seg != 2).sum()
+
+
+def test_every_object_has_one_of_its_voxels_under_its_class() -> None:
+    seg = np.full((1, 3, 4, 5), -1, np.int16)
+    seg[0, 0] = 0
+    seg[0, 1, 1, 0:3], seg[0, 2, :, 4], seg[0, 0, 0, 0] = 5, 2, 1
+    found = object_locations(seg, ("cell", "debris"))
+    assert found["cell"].tolist() == [[0, 0, 0], [1, 1, 1]]  # values 1 and 5
+    assert found["debris"].tolist() == [[2, 2, 4]]
+    nothing = object_locations(np.zeros_like(seg), ("cell",))
+    assert nothing["cell"].shape == (0, 3)

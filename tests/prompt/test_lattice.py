@@ -51,6 +51,9 @@ def test_a_canvas_remembers_what_was_seen_and_what_was_not() -> None:
     assert (before[: GRID - 20] == 1).all() and (before[GRID - 20 :] == 0).all()
     canvas.replace(np.array([-10, -10, -10]), np.full((GRID,) * 3, -2.0, np.float32), weights)
     assert canvas.logits()[20:60, 20:60, 20:60].max() == pytest.approx(-2)
+    part = canvas.part()
+    assert part.total.shape == (GRID + 2,) * 3 and (part.start == -11).all()
+    assert part.logits().max() == canvas.logits().max() and np.shares_memory(part.total, canvas.total)
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.7, 0.7, 3.0), (2.0, 1.0, 0.8)])
@@ -62,7 +65,7 @@ def test_a_ball_on_a_coarse_lattice_is_painted_smoothly(spacing: tuple[float, fl
     canvas = Canvas.over(np.full(3, -18), np.full(3, 18))
     along = np.arange(-18, 19) * 2.5
     radius = np.sqrt(along[:, None, None] ** 2 + along[:, None] ** 2 + along**2)
-    canvas.total[:], canvas.weight[:] = np.clip(30 - radius, -8, 8), 1
+    canvas = canvas.filled(np.clip(30 - radius, -8, 8).astype(np.float32))
     grid = np.indices(shape).reshape(3, -1).T
     truth = np.linalg.norm((grid - middle) * spacing, axis=1).reshape(shape) < 30
     mask = paint(scene, lattice, canvas).full()

@@ -150,6 +150,33 @@ def test_the_axis_is_that_of_a_plane_or_of_thick_slices_or_axial() -> None:
 # Several objects.
 
 
+def test_an_object_that_loses_much_to_another_is_named() -> None:
+    session = begin()
+    session.add("liver", at(5, 5, 5))
+    session.add("twin", at(5, 5, 5))
+    notes = session.state.find("twin").notes
+    assert any("liver has lost" in note and "keep" in note for note in notes)
+
+
+def test_a_correction_keeps_the_confidence_of_what_it_did_not_look_at() -> None:
+    def sure_of_one(models: Any, target: Target, propagator: str, config: Any) -> Propagation:
+        region = fake_propagate(models, target, propagator, config).region
+        index = region.start[2] if target.previous is None else region.stop[2] - 1
+        return Propagation(region, {index: 0.5}, ())
+
+    session = begin(propagate=sure_of_one)
+    session.add("liver", at(5, 5, 5))
+    (first,) = session.confidence("liver")
+    session.add("liver", at(6, 5, 5))
+    assert set(session.confidence("liver")) > {first}
+
+
+def test_an_image_of_one_value_is_refused() -> None:
+    flat = image().with_array(np.full((1, *SHAPE), 7.0, np.float32))
+    with pytest.raises(DataError, match="same value"):
+        begin(volume=flat)
+
+
 def test_overwrite_gives_shared_voxels_to_the_newest() -> None:
     session = begin()
     session.add("a", at(5, 5, 5))
@@ -219,8 +246,10 @@ def test_another_objects_mask_is_a_prompt_as_it_was_then() -> None:
         (lambda s: s.undo(9), "there are 1 steps"),
         (lambda s: s.redo(), "there are 0 steps"),
         (lambda s: s.add("liver", at(99, 5, 5)), "outside"),
-        (lambda s: s.add("new", at(5, 5, 5, positive=False)), "only where it is not"),
+        (lambda s: s.add("new", at(5, 5, 5, positive=False)), "only where it is not. Add"),
+        (lambda s: s.add("livr", at(5, 5, 5, positive=False)), "Did you mean object 'liver'"),
         (lambda s: s.add("liver", at(5, 5, 5), limits=(4, 99)), "limits"),
+        (lambda s: s.add("liver", at(5, 5, 5), limits=(1, 2)), "on slice 5 .*outside of them"),
         (lambda s: s.add("liver"), "prompts"),
         (lambda s: s.add("liver", at(5, 5, 5), axis=3), "axis"),
         (lambda s: s.add("background", at(5, 5, 5)), "has a meaning"),
@@ -484,7 +513,7 @@ def test_the_same_image_in_another_order_of_its_axes_is_the_same_image(tmp_path:
 
 def test_another_image_is_refused(tmp_path: Path) -> None:
     begin(tmp_path).close()
-    with pytest.raises(DataError, match="another image"):
+    with pytest.raises(DataError, match=r"another image \(both have .* voxels differ"):
         begin(tmp_path, image(seed=1))
     moved = Volume(image().array, Geometry(SHAPE, tilted(affine("RAS"))))
     with pytest.raises(DataError, match="another image"):

@@ -114,6 +114,9 @@ def draw_follow_up(found: FollowUp, images: tuple[Volume, Volume] | None = None)
     head, font = _headline(found, len(order)), font_of(15)
     for n, line in enumerate(head):
         draw.text((_GAP, 8 + 24 * n), line, fill=_INK if n == 0 else _MUTED, font=font)
+    for top, left in [place for place, _ in places[:_COLUMNS]]:
+        for side, name in enumerate(("baseline", "follow-up")):
+            draw.text((left + side * (_PANEL + _GAP) + 6, top + 4), name, fill=_MUTED, font=font_of(12))
     for (top, left), number in places:
         for n, (line, colour) in enumerate(_words(found, number)):
             draw.text((left + 2 * (_PANEL + _GAP) + 4, top + 6 + 22 * n), line, fill=colour, font=font)
@@ -190,13 +193,18 @@ def _view(found: FollowUp, event: Event) -> FloatArray:
         voxel = np.prod(instances.geometry.spacing[: instances.ndim])
         sizes += (instances.voxels[np.array(labels, np.int64) - 1] * voxel).tolist()
     points = np.concatenate(middles)
-    # Of a gone or new object its own middle; else between those of both times.
     middle = points.mean(axis=0)
+    across, down = _directions(found.baseline)
+    if found.baseline.ndim == 3:  # through the largest piece, since a plane between two pieces shows neither
+        pieces = slice(0, len(event.first)) if len(event.first) > len(event.second) else slice(None)
+        pieces = slice(len(event.first), None) if len(event.second) > len(event.first) else pieces
+        normal = np.cross(across, down)
+        largest = points[pieces][int(np.argmax(sizes[pieces]))]
+        middle = middle + normal * float((largest - middle) @ normal)
     ndim = found.baseline.ndim
     radius = max(sizes) ** (1 / ndim) + float(np.abs(points - middle).max())
     side = max(_AROUND * radius, _LEAST_MM if found.baseline.unit == "mm" else 0.0)
     steps = (np.arange(_PANEL) + 0.5) / _PANEL * side - side / 2
-    across, down = _directions(found.baseline)
     return np.asarray(middle + steps[:, None, None] * down + steps[None, :, None] * across)
 
 

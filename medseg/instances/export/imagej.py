@@ -61,10 +61,10 @@ def encode_roi(polygons: list[Polygon]) -> bytes:
     low, high = points.min(axis=0), points.max(axis=0)
     if len(polygons) == 1 and not polygons[0].holes and len(points) <= 65535:
         relative = (points - low).astype(">u2")
-        return _header(_TRACED, low, high, len(points), 0) + relative.T.tobytes()
+        return _header(_TRACED, low, high, len(points), 0) + bytes(relative.T.tobytes())
     rings = [ring for each in polygons for ring in (each.outer, *each.holes)]
     floats = [value for ring in rings for value in _path(ring)]
-    return _header(_RECTANGLE, low, high, 0, len(floats)) + np.array(floats, ">f4").tobytes()
+    return _header(_RECTANGLE, low, high, 0, len(floats)) + bytes(np.array(floats, ">f4").tobytes())
 
 
 def _path(ring: IntArray) -> list[float]:

@@ -7,7 +7,8 @@ the left, front or head up; microscopy is as its array lies, i to the right and 
 
 import colorsys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -175,7 +176,8 @@ def _slices(labels: IntArray) -> list[int]:
 def _panel(shown: _Shown, axis: int, index: int, side: int, letters: bool) -> IntArray:
     """Return a square picture of one slice, in the aspect of the body, with its name and index."""
     across, down = (a for a in range(3) if a != axis)
-    image, labels = shown.image.take(index, axis).swapaxes(0, 1), shown.labels.take(index, axis).T
+    image: FloatArray = np.swapaxes(shown.image.take(index, axis), 0, 1)
+    labels: IntArray = np.transpose(shown.labels.take(index, axis))
     if shown.anatomy:
         image, labels = image[::-1, ::-1], labels[::-1, ::-1]
     size = np.array([labels.shape[0] * shown.spacing[down], labels.shape[1] * shown.spacing[across]])
@@ -220,8 +222,9 @@ def _titled(body: IntArray, title: str) -> "Image":
     return picture
 
 
-def font_of(size: int) -> object:
-    """Return Pillow's own font, which every installation has."""
+def font_of(size: int) -> Any:
+    """Return a font that has arrows and superscripts: the one that comes with matplotlib."""
+    import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.load_default(size)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)

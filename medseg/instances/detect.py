@@ -1,0 +1,345 @@
+"""A detector over a whole volume: tiles, boxes of several tiles made one, masks in one label map."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medseg import log
+from medseg.bundle import Bundle
+from medseg.errors import BundleError
+from medseg.geometry.orient import from_ras, reads_as_ras
+from medseg.geometry.tiles import pad_to, tile_slices
+from medseg.infer import choose_device
+from medseg.instances.dropped import Dropped
+from medseg.instances.paste import Pasted, paste_masks
+from medseg.nets.boxes import Clusters, box_centres, box_sizes, clip_boxes, cluster_boxes
+from medseg.nets.roi_align import roi_align
+from medseg.plan.detection import Detection, FindSettings
+from medseg.preprocess import preprocess
+from medseg.preprocess.record import Record
+from medseg.types import FloatArray, IntArray, Shape
+from medseg.volume import Geometry, Volume
+
+if TYPE_CHECKING:
+    from medseg.nets.maskrcnn import Detections, MaskRCNN
+
+# Voxels of all tiles that go through the network at once.
+BATCH_VOXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
+# nnDetection's weight of a box by its place in the tile: a Gaussian of 0.8 half tiles, a mean over axes.
+PLACE_SIGMA = 0.8
+# A box this near to the end of its tile, in voxels, is taken for cut by it.
+CUT_MARGIN = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Objects of one grid, best first.
+
+    Attributes
+    ----------
+    shape : of the grid
+    boxes : (k, 2d) float32
+    scores : (k,) float32
+    classes : (k,) int64, from 0
+    masks : (k, *cells) float32, probability of each cell of the box
+    limited : tiles in which more was found than the settings keep
+    """
+
+    shape: Shape
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+    masks: Tensor
+    limited: int = 0
+
+    def above(self, score: float) -> "Found":
+        """Return the objects of at least this score."""
+        sure = self.scores >= score
+        parts = (self.boxes[sure], self.scores[sure], self.classes[sure], self.masks[sure])
+        return Found(self.shape, *parts, self.limited)
+
+    def on(self, shape: Shape) -> "Found":
+        """Return the same on another grid of the same field: boxes scaled."""
+        factors = [new / old for new, old in zip(shape, self.shape, strict=True)]
+        return replace(self, shape=shape, boxes=self.boxes * self.boxes.new_tensor([*factors, *factors]))
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectMap:
+    """Objects of one image on its own grid.
+
+    Attributes
+    ----------
+    volume : Volume
+        One channel of int32, 0 is background; the objects are 1 to k, best first (of a 2D network slice
+        after slice).
+    scores : (k,) float32
+    classes : (k,) int64, values of the label set
+    dropped : several Dropped
+    limited : tiles in which more was found than the settings keep
+    """
+
+    volume: Volume
+    scores: FloatArray
+    classes: IntArray
+    dropped: tuple[Dropped, ...]
+    limited: int
+
+
+class Detector:
+    """A trained detector, ready to find objects.
+
+    Parameters
+    ----------
+    bundle : with a detector
+    device : auto, cpu, cuda or mps
+    fold : whose weights; by default the first's
+    step : distance of tiles as a part of the patch
+
+    Raises
+    ------
+    BundleError
+        The bundle holds no detector, no weights, or not this fold.
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: str = "auto", fold: str | None = None, step: float = 0.5
+    ) -> None:
+        settings = bundle.settings.detection
+        if settings is None:
+            raise BundleError(f"{bundle}: segments, and finds no objects. Use medseg predict.")
+        if not bundle.folds:
+            raise BundleError(f"{bundle}: has no weights yet. Train at least one fold.")
+        self.bundle, self.step, self.device = bundle, step, choose_device(device)
+        self.settings: Detection = settings
+        network = bundle.network(fold or bundle.folds[0]).to(self.device)
+        self.network = cast("MaskRCNN", network)
+
+    @property
+    def score(self) -> float:
+        """Least score of an object: what the bundle's validation chose, else that of the settings."""
+        return float(self.bundle.card.get("score", self.settings.find.score))
+
+    def find(self, image: Volume, score: float | None = None) -> ObjectMap:
+        """Find the objects of an image, on its own grid.
+
+        Parameters
+        ----------
+        score : least score of an object; :attr:`score` by default
+
+        Raises
+        ------
+        PlanError, DataError
+            The image does not fit the model.
+        """
+        found, record = self.detect(image)
+        return self.draw(image.geometry, found, record, self.score if score is None else score)
+
+    def detect(self, image: Volume) -> tuple[list[Found], Record]:
+        """Return all objects of an image of whatever score, and how it was preprocessed.
+
+        One :class:`Found` in 3D, one a slice of the first network axis in 2D, on the cropped source grid.
+        """
+        ready = preprocess(image, self.bundle.plan, self.bundle.configuration)
+        dims, patch = self.settings.dimensions, self.bundle.settings.patch_size
+        parts = [ready.data] if dims == 3 else [ready.data[:, k] for k in range(ready.data.shape[1])]
+        shape = ready.record.cropped_shape[3 - dims :]
+        found = [
+            find_objects(self.network, data, patch, self.settings.find, self.device, self.step).on(shape)
+            for data in log.progress(parts, "Finding objects")
+        ]
+        return found, ready.record
+
+    def draw(self, grid: Geometry, found: Sequence[Found], record: Record, score: float) -> ObjectMap:
+        """Return the objects that :meth:`detect` found, of at least this score, on the image's grid."""
+        sure = [each.above(score) for each in found]
+        pasted = [_paste(each, self.settings.find) for each in sure]
+        array = np.zeros((1, *record.geometry.shape), np.int32)
+        inner = record.to_network(array)[record.inner][0]
+        count = 0
+        for number, part in enumerate(pasted):
+            target = inner if self.settings.dimensions == 3 else inner[number]
+            np.copyto(target, part.labels + count * (part.labels > 0))
+            count += len(part.order)
+        volume = Volume(array, record.geometry)
+        if reads_as_ras(self.bundle.plan.reader):
+            volume = from_ras(volume, grid)
+        pairs = list(zip(sure, pasted, strict=True))
+        kinds = np.array(self.bundle.labels.foreground_values, np.int64)
+        return ObjectMap(
+            volume=volume,
+            scores=np.concatenate([each.scores.numpy()[part.order] for each, part in pairs]),
+            classes=kinds[np.concatenate([each.classes.numpy()[part.order] for each, part in pairs])],
+            dropped=_dropped(found, sure, pasted, score),
+            limited=sum(each.limited for each in found),
+        )
+
+
+def _paste(found: Found, settings: FindSettings) -> Pasted:
+    return paste_masks(found.boxes, found.masks, found.scores, found.shape, settings.mask)
+
+
+def _dropped(
+    found: Sequence[Found], sure: Sequence[Found], pasted: Sequence[Pasted], score: float
+) -> tuple[Dropped, ...]:
+    """Sum what was left out over slices; boxes of too low a score have no mask on the grid yet."""
+    unsure = sum(len(a.scores) - len(b.scores) for a, b in zip(found, sure, strict=True))
+    total: dict[str, Dropped] = {}
+    for each in (d for part in pasted for d in part.dropped):
+        before = total.get(each.rule, Dropped(each.rule, 0, 0))
+        total[each.rule] = Dropped(each.rule, before.count + each.count, before.voxels + each.voxels)
+    first = [Dropped(f"score below {score:g}", unsure, 0)] if unsure else []
+    return (*first, *total.values())
+
+
+def find_objects(
+    network: "MaskRCNN",
+    data: FloatArray,
+    patch: Shape,
+    settings: FindSettings,
+    device: torch.device,
+    step: float = 0.5,
+) -> Found:
+    """Find the objects of a preprocessed image.
+
+    Parameters
+    ----------
+    network : a detector in evaluation mode
+    data : (c, *shape) float32, as many axes as `patch`
+    patch : size of a tile
+    settings : of the detector
+    step : distance of tiles as a part of the patch
+
+    Notes
+    -----
+    Boxes of overlapping tiles are clustered (see `medseg.nets.boxes.cluster_boxes`), and so are their masks:
+    averaged on the cluster's box. What a tile cuts is compared with others in what both tiles saw of it.
+    """
+    padded, inner = pad_to(data, patch)
+    tiles = tile_slices(padded.shape[1:], patch, step)
+    source = torch.from_numpy(np.ascontiguousarray(padded))
+    size = max(1, BATCH_VOXELS.get(device.type, BATCH_VOXELS["cpu"]) // int(np.prod(patch)))
+    seen: list[Detections] = []
+    with torch.inference_mode():
+        for first in range(0, len(tiles), size):
+            log.check_cancelled()
+            batch = torch.stack([source[(slice(None), *tile)] for tile in tiles[first : first + size]])
+            seen += cast("list[Detections]", network(batch.to(device)))
+    limited = sum(each.limited for each in seen)
+    candidates = _Candidates.collect(seen, tiles, padded.shape[1:])
+    found = candidates.cluster(settings.cluster)
+    low = found.boxes.new_tensor([axis.start for axis in inner[1:]])
+    boxes = clip_boxes(found.boxes - torch.cat((low, low)), data.shape[1:])
+    masks = candidates.fuse(found)
+    kept = (box_sizes(boxes) > 0).all(1)
+    parts = (boxes[kept], found.scores[kept], found.classes[kept], masks[kept])
+    return Found(data.shape[1:], *parts, limited)
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidates:
+    """Boxes of all tiles, (n, ...) each, in coordinates of the padded image."""
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+    masks: Tensor
+    weights: Tensor
+    tiles: Tensor
+    windows: Tensor
+    cut: Tensor
+    expected: Tensor
+
+    @classmethod
+    def collect(
+        cls, seen: "Sequence[Detections]", tiles: Sequence[tuple[slice, ...]], shape: Shape
+    ) -> "_Candidates":
+        n = len(shape)
+        boxes, weights, numbers, windows = [], [], [], []
+        for number, (each, tile) in enumerate(zip(seen, tiles, strict=True)):
+            window = torch.tensor([*(s.start for s in tile), *(s.stop for s in tile)], dtype=torch.float32)
+            local = each.boxes.float().cpu()
+            weights.append(place_weight(local, window[n:] - window[:n]))
+            boxes.append(local + torch.cat((window[:n], window[:n])))
+            numbers.append(torch.full((len(local),), number))
+            windows.append(window.expand(len(local), -1))
+        together, window = torch.cat(boxes), torch.cat(windows)
+        size = torch.tensor(shape, dtype=torch.float32)
+        starts = (together[:, :n] <= window[:, :n] + CUT_MARGIN) & (window[:, :n] > 0)
+        stops = (together[:, n:] >= window[:, n:] - CUT_MARGIN) & (window[:, n:] < size)
+        return cls(
+            boxes=together,
+            scores=torch.cat([each.scores.cpu() for each in seen]),
+            classes=torch.cat([each.classes.cpu() for each in seen]),
+            masks=torch.cat([each.masks.cpu() for each in seen]),
+            weights=torch.cat(weights),
+            tiles=torch.cat(numbers),
+            windows=window,
+            cut=(starts | stops).any(1),
+            expected=coverage(together, tiles, shape),
+        )
+
+    def cluster(self, threshold: float) -> Clusters:
+        return cluster_boxes(
+            self.boxes,
+            self.scores,
+            self.classes,
+            self.weights,
+            self.tiles,
+            self.expected,
+            self.windows,
+            self.cut,
+            threshold,
+        )
+
+    def fuse(self, found: Clusters) -> Tensor:
+        """Return the masks (k, *cells) of the clusters."""
+        result = self.masks.new_zeros((len(found.scores), *self.masks.shape[1:]))
+        for number, (members, shares) in enumerate(zip(found.members, found.shares, strict=True)):
+            for member, share in zip(members.tolist(), shares.tolist(), strict=True):
+                if share > 0:
+                    moved = move_mask(self.masks[member], self.boxes[member], found.boxes[number])
+                    result[number] += share * moved
+        return result
+
+
+def move_mask(mask: Tensor, box: Tensor, target: Tensor) -> Tensor:
+    """Read the mask (*cells) of one box (2d,) under another: 0 outside, as many cells."""
+    n = mask.ndim
+    if torch.equal(box, target):
+        return mask
+    low, high = box.chunk(2)
+    cell = ((high - low) / torch.tensor(mask.shape)).clamp(min=1e-6)
+    place = torch.cat(((target[:n] - low) / cell + 1, (target[n:] - low) / cell + 1))
+    padded = F.pad(mask, [1] * (2 * n))[None]
+    return roi_align(padded, place[None], (1.0,) * n, tuple(mask.shape), samples=1)[0, 0]
+
+
+def place_weight(boxes: Tensor, patch: Tensor) -> Tensor:
+    """Return how much boxes (n, 2d) of a tile count by their place: most in its middle."""
+    half = patch / 2
+    away = (box_centres(boxes) - half) / (PLACE_SIGMA * half)
+    return torch.exp(-0.5 * away**2).mean(1)
+
+
+def coverage(boxes: Tensor, tiles: Sequence[tuple[slice, ...]], shape: Shape) -> Tensor:
+    """Return how many tiles see a box (n, 2d), as a mean over its inside.
+
+    Tiles are all combinations of their starts along each axis, so the mean is a product over axes.
+    """
+    n = len(shape)
+    result = np.ones(len(boxes))
+    for axis, size in enumerate(shape):
+        count = np.zeros(size)
+        for start, stop in {(tile[axis].start, tile[axis].stop) for tile in tiles}:
+            count[start:stop] += 1
+        total = np.concatenate([[0.0], np.cumsum(count)])
+        low, high = (boxes[:, k].double().numpy().clip(0, size) for k in (axis, n + axis))
+        inside = np.interp(high, np.arange(size + 1), total) - np.interp(low, np.arange(size + 1), total)
+        result *= inside / np.maximum(high - low, 1e-6)
+    return torch.from_numpy(result).float()
