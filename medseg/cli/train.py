@@ -25,7 +25,7 @@ def train(
         str,
         typer.Option(
             help="segment; detection: find objects with a Mask R-CNN; centre-offset: find crowded objects, "
-            "whose numbers the label maps hold; or promptable: fine-tune MobileSAM to answer boxes and clicks."
+            "whose numbers label maps hold; or promptable: fine-tune MobileSAM to answer boxes and clicks."
         ),
     ] = "segment",
     fold: Annotated[str, typer.Option(help="0 to 4, or all.")] = "0",
