@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from medseg import __version__
-from medseg.errors import ConfigError, DataError
+from medseg.errors import ConfigError, DataError, GeometryError
 from medseg.files import write_text
 from medseg.instances.export import (
     write_csv,
@@ -75,12 +75,27 @@ def read_measured(path: PathLike, pixel_size: str | None) -> Volume:
         return with_spacing(volume, (1.0,), "mm") if knows_spacing(volume) else volume
     if pixel_size is not None:
         return with_spacing(volume, *parse_spacing(pixel_size))
-    return require_spacing(volume, Path(path).name)
+    try:
+        return require_spacing(volume, Path(path).name)
+    except GeometryError as error:
+        raise GeometryError(f"{error} To measure in pixels: --pixel-size pixel.") from error
 
 
 def default_model(volume: Volume) -> str:
-    """Return the shipped model for a picture, or for a volume."""
-    return "nuclei2d" if volume.shape[2] == 1 else "nuclei3d"
+    """Return the shipped model for a picture, or for a volume.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
+    name = "nuclei2d" if volume.shape[2] == 1 else "nuclei3d"
+    if name not in MODELS:
+        raise ConfigError(
+            f"no model for volumes is in the package ({volume.shape[2]} slices). Give --model BUNDLE, made by "
+            "medseg train --task centre-offset."
+        )
+    return name
 
 
 def count_objects(
@@ -113,10 +128,10 @@ def count_objects(
     """
     flat = image.shape[2] == 1
     if flat != (model.network.dimensions == 2):
-        kind, other = ("picture", "nuclei2d") if flat else (f"volume of {image.shape[2]} slices", "nuclei3d")
+        kind = "picture" if flat else f"volume of {image.shape[2]} slices"
         raise DataError(
             f"{model.name} finds objects in {model.network.dimensions}D, and the image is a {kind}. "
-            f"Take --model {other}, or a bundle trained on such images."
+            "Take a model (--model) that was trained on such images."
         )
     array = image.array[..., 0] if flat else image.array
     spacing = None if in_pixels else image.spacing[: array.ndim - 1]
@@ -169,7 +184,7 @@ def write_counted(
     }
     write_label_map(instances, files["labels"])
     write_csv(counted.table, files["table"])
-    write_overlay(instances, counted.image, files["overlay"], title=f"{len(instances)} objects")
+    write_overlay(instances, counted.image, files["overlay"], title=name)
     write_qc(instances, files["qc"])
     if counted.regions is not None:
         files["regions"] = place / f"{name}_regions.csv"

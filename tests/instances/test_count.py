@@ -1,0 +1,113 @@
+"""Counting objects of images: the shipped model, files, and what cannot be counted."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from scipy import ndimage
+from typer.testing import CliRunner
+
+from medseg.cli import app
+from medseg.errors import ConfigError, DataError, GeometryError
+from medseg.instances.count import count_objects, default_model, read_measured
+from medseg.instances.models import load_object_model
+from medseg.volume import Geometry, Volume
+
+MIDDLES = [(20, 20), (20, 60), (50, 34), (58, 90), (84, 16), (86, 60), (30, 100), (90, 98)]
+
+
+def nuclei(noise: float = 6.0) -> np.ndarray:
+    """Return a picture, (110, 120) uint8, of eight bright discs of 16 pixels."""
+    rows, columns = np.indices((110, 120))
+    discs = np.zeros((110, 120))
+    for i, j in MIDDLES:
+        discs[np.hypot(rows - i, columns - j) < 8] = 150
+    soft = ndimage.gaussian_filter(discs, 1.0) + 25
+    return (soft + np.random.default_rng(0).normal(0, noise, soft.shape)).clip(0, 255).astype(np.uint8)
+
+
+def volume(array: np.ndarray, spacing: float = 0.5) -> Volume:
+    shaped = array.T[None, :, :, None] if array.ndim == 2 else array[None]
+    return Volume(shaped, Geometry(shaped.shape[1:], np.diag([spacing] * 3 + [1.0]), "micron"))
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["count", *map(str, arguments)], catch_exceptions=code != 0)
+    if code == 0:
+        assert result.exit_code == 0, result.output
+        return result.stdout
+    return str(result.exception)
+
+
+def test_the_model_of_the_package_counts_discs_in_physical_units() -> None:
+    found = count_objects(volume(nuclei()), load_object_model("nuclei2d", threads=1))
+    assert len(found.instances) == len(MIDDLES)
+    areas = found.table.columns["area_um2"]
+    assert np.median(areas) == pytest.approx(np.pi * 4**2, rel=0.2)
+    assert found.diameter == pytest.approx(8, rel=0.25)
+
+
+def test_an_image_without_objects_has_none() -> None:
+    empty = (np.random.default_rng(0).normal(20, 3, (90, 90))).clip(0, 255).astype(np.uint8)
+    found = count_objects(volume(empty), load_object_model("nuclei2d", threads=1), diameter=8)
+    assert len(found.instances) <= 1
+
+
+def test_images_become_a_folder_of_results(tmp_path: Path) -> None:
+    Image.fromarray(nuclei()).save(tmp_path / "a.png")
+    tifffile.imwrite(tmp_path / "b.tif", nuclei())
+    out = tmp_path / "out"
+    told = run(
+        tmp_path / "a.png",
+        tmp_path / "b.tif",
+        "-o",
+        out,
+        "--pixel-size",
+        "pixel",
+        "--export",
+        "roi",
+        "--json",
+    )
+    rows = json.loads(told)["images"]
+    assert [row["objects"] for row in rows] == [8, 8] and rows[0]["unit"] == "px"
+    for name in ("a", "b"):
+        with (out / f"{name}_objects.csv").open() as lines:
+            table = list(csv.DictReader(lines))
+        assert len(table) == 8 and "area_px2" in table[0]
+        labels = tifffile.imread(out / f"{name}_labels.tif")
+        assert labels.shape == (110, 120) and len(np.unique(labels)) == 9
+        assert (out / f"{name}_overlay.png").stat().st_size > 1000 and (out / f"{name}_rois.zip").exists()
+    assert (out / "counts.csv").read_text().splitlines()[1:] == ["a.png,8", "b.tif,8"]
+
+
+def test_a_size_that_no_file_tells_is_asked_for(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "b.tif", nuclei())
+    with pytest.raises(GeometryError, match="--pixel-size pixel"):
+        read_measured(tmp_path / "b.tif", None)
+    assert read_measured(tmp_path / "b.tif", "0.5 micron").spacing[0] == 0.5
+
+
+def test_one_bad_image_does_not_stop_the_others(tmp_path: Path) -> None:
+    Image.fromarray(nuclei()).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    assert "1 of 2 images failed. b.png" in run(
+        tmp_path, "-o", tmp_path / "out", "--pixel-size", "1 micron", code=3
+    )
+    assert (tmp_path / "out" / "a_objects.csv").exists()
+
+
+def test_a_volume_is_refused_by_a_model_for_pictures() -> None:
+    with pytest.raises(DataError, match="volume of 9 slices"):
+        count_objects(volume(np.zeros((20, 20, 9), np.uint8)), load_object_model("nuclei2d", threads=1))
+
+
+def test_the_default_model_fits_the_image() -> None:
+    assert default_model(volume(nuclei())) == "nuclei2d"
+    try:
+        assert default_model(volume(np.zeros((20, 20, 9), np.uint8))) == "nuclei3d"
+    except ConfigError as error:
+        assert "--model BUNDLE" in str(error)
