@@ -1,7 +1,7 @@
 """Make a trained bundle small enough for the package: ``python -m medseg.train.ship RUN TARGET.medseg``.
 
-Weights become half precision; settings such as ``threshold=0.4`` say how maps become objects. With ``--tile 256``
-tiles are larger than training patches: fewer of them show nothing but noise.
+Weights become half precision; settings such as ``threshold=0.4`` say how maps become objects. With
+``--tile 256`` tiles are larger than training patches: fewer of them show nothing but noise.
 """
 
 import argparse
@@ -14,9 +14,7 @@ from medseg.instances.centre_model import CentreSettings
 from medseg.types import PathLike
 
 
-def ship(
-    run: PathLike, target: PathLike, overrides: Sequence[str] = (), tile: int | None = None
-) -> Path:
+def ship(run: PathLike, target: PathLike, overrides: Sequence[str] = (), tile: int | None = None) -> Path:
     """Write the first fold of a run's bundle with half-precision weights; return the file.
 
     Parameters
