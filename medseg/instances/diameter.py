@@ -17,8 +17,10 @@ CANDIDATES = (60.0, 24.0, 10.0)
 # An image is looked at in windows of so many network tiles at most.
 TILES = 2.0
 WINDOWS = 3
-# Ratio of found to assumed size that is good enough, and rounds to get there.
-CLOSE, ROUNDS = 1.2, 3
+# Ratio of found to assumed size that is good enough, and rounds to get there: coming down from a large size,
+# one stops too early unless it is strict.
+CLOSE = {"trusted": 1.2, "largest": 1.03}
+ROUNDS = {"trusted": 3, "largest": 8}
 
 
 def estimate_diameter(network: CentreNetwork, image: FloatArray, spacing: Sequence[float]) -> float | None:
@@ -29,6 +31,22 @@ def estimate_diameter(network: CentreNetwork, image: FloatArray, spacing: Sequen
     image : (channel, *shape) float32
         Normalised.
     """
+    diameter = _first_guess(network, image, spacing)
+    close = CLOSE[network.settings.search]
+    for _ in range(ROUNDS[network.settings.search] if diameter is not None else 0):
+        assert diameter is not None
+        found = _look(network, image, spacing, diameter)
+        if found is None:
+            break
+        ratio = found[0] / diameter
+        diameter = found[0]
+        if 1 / close < ratio < close:
+            break
+    return diameter
+
+
+def _first_guess(network: CentreNetwork, image: FloatArray, spacing: Sequence[float]) -> float | None:
+    """Return what is found at the best of the candidates, or at the largest that finds anything."""
     best: tuple[float, float] | None = None
     for assumed in CANDIDATES:
         diameter = assumed * min(spacing)
@@ -36,22 +54,13 @@ def estimate_diameter(network: CentreNetwork, image: FloatArray, spacing: Sequen
         if found is None:
             continue
         size, trust = found
+        if network.settings.search == "largest":
+            return size
         # agreement counts most; among equals, the size that explains more of the image with confidence
         value = trust * float(np.exp(-abs(np.log(size / diameter))))
         if best is None or value > best[0]:
             best = (value, size)
-    if best is None:
-        return None
-    diameter = best[1]
-    for _ in range(ROUNDS):
-        found = _look(network, image, spacing, diameter)
-        if found is None:
-            break
-        ratio = found[0] / diameter
-        diameter = found[0]
-        if 1 / CLOSE < ratio < CLOSE:
-            break
-    return diameter
+    return None if best is None else best[1]
 
 
 def _look(

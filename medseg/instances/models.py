@@ -87,7 +87,7 @@ class ObjectModel:
         size = (1.0,) * n if spacing is None else tuple(map(float, spacing))
         if len(size) != n or not all(np.isfinite(s) and s > 0 for s in size):
             raise ConfigError(f"spacing {size}: expected {n} numbers above 0, one an axis.")
-        if not shown.size:
+        if not shown.size or shown.min() == shown.max():  # of one value: nothing is there to be seen
             return Found(np.zeros(shown.shape[1:], np.int32), np.zeros(0, np.float32), 0.0, 0, ())
         if diameter is None and spacing is not None:
             diameter = self.settings.diameter
