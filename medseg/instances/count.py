@@ -92,7 +92,7 @@ def default_model(volume: Volume) -> str:
     name = "nuclei2d" if volume.shape[2] == 1 else "nuclei3d"
     if name not in MODELS:
         raise ConfigError(
-            f"no model for volumes is in the package ({volume.shape[2]} slices). Give --model BUNDLE, made by "
+            f"no model for volumes ({volume.shape[2]} slices) is in the package. Give --model BUNDLE of "
             "medseg train --task centre-offset."
         )
     return name
