@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from medseg.config import Config
     from medseg.instances.split import Split
     from medseg.types import Array
-    from medseg.volume import Unit, Volume
+    from medseg.volume import Volume
 
 FLAG = " "
 # Of each label, so many counts are shown; the JSON has all.
@@ -42,8 +42,8 @@ def split(
     connectivity: Annotated[
         int, typer.Option(help="26, 18 (components) or 6 neighbours; 8 or 4 in 2D.")
     ] = 26,
-    spacing: Annotated[
-        str | None, typer.Option(help="Voxel size of a file that has none: '0.5 um', '0.4,0.4,2 um', '1 mm'.")
+    pixel_size: Annotated[
+        str | None, typer.Option(help="Where INPUT does not tell it: '0.5 micron', '0.4 x 0.4 x 2 micron'.")
     ] = None,
     height_map: Annotated[
         bool | None,
@@ -65,7 +65,7 @@ def split(
     from medseg.io import write
 
     check_writable(out)
-    volume = _read(source, spacing)
+    volume = _read(source, pixel_size)
     array, kind = _values(volume, height_map)
     scale = 1000.0 if volume.geometry.unit == "micron" else 1.0
     settings = _settings(method, h_mm, scale if kind == "label map" else 1.0, rel, floor, connectivity)
@@ -82,42 +82,22 @@ def split(
     typer.echo(json_module.dumps(facts) if json else _readable(facts))
 
 
-def _read(source: Path, spacing: str | None) -> "Volume":
+def _read(source: Path, pixel_size: str | None) -> "Volume":
     """Read one channel whose voxels have a size."""
-    from medseg.errors import ConfigError, DataError, GeometryError
-    from medseg.instances.scale import knows_spacing, require_spacing, with_spacing
+    from medseg.errors import ConfigError, DataError
+    from medseg.instances.scale import knows_spacing, parse_spacing, require_spacing, with_spacing
     from medseg.io import read
 
     volume = read(source)
     if volume.channels != 1:
         raise DataError(f"{source}: has {volume.channels} channels; expected one. Take the one to split.")
-    if spacing is None:
-        try:
-            return require_spacing(volume, str(source))
-        except GeometryError as error:
-            raise GeometryError(f"{error} Here: --spacing '0.5 um'.") from error
+    if pixel_size is None:
+        return require_spacing(volume, str(source))
     if knows_spacing(volume):
-        raise ConfigError(f"{source}: tells the size of its voxels, {volume.spacing}. Leave out --spacing.")
-    sizes, unit = parse_spacing(spacing)
-    return with_spacing(volume, sizes, unit)
-
-
-def parse_spacing(text: str) -> "tuple[tuple[float, ...], Unit]":
-    """Return the lengths and the unit of a text like ``0.4,0.4,2 um``.
-
-    >>> parse_spacing("0.5 um")
-    ((0.5,), 'micron')
-    """
-    from medseg.errors import ConfigError
-
-    units: dict[str, Unit] = {"mm": "mm", "um": "micron", "µm": "micron", "micron": "micron"}
-    numbers, _, unit = text.strip().rpartition(" ")
-    try:
-        return tuple(float(number) for number in numbers.split(",")), units[unit.lower()]
-    except (ValueError, KeyError) as error:
         raise ConfigError(
-            f"spacing {text!r}: expected one to three lengths and their unit, such as '0.4,0.4,2 um'."
-        ) from error
+            f"{source}: tells the size of its voxels, {volume.spacing}. Leave out --pixel-size."
+        )
+    return with_spacing(volume, *parse_spacing(pixel_size))
 
 
 def _values(volume: "Volume", height_map: bool | None) -> "tuple[Array, str]":

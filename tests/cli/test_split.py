@@ -95,9 +95,9 @@ def test_a_tiff_without_a_voxel_size_is_a_question(tmp_path: Path) -> None:
     tifffile.imwrite(source, PAIR.astype(np.uint8))
     error = run(source, "-o", tmp_path / "o.tif").exception
     assert isinstance(error, GeometryError)
-    assert "does not tell the size" in str(error) and "--spacing '0.5 um'" in str(error)
+    assert "does not tell the size" in str(error) and "--pixel-size '0.5 micron'" in str(error)
     assert not (tmp_path / "o.tif").exists()
-    facts = facts_of(source, "-o", tmp_path / "o.tif", "--spacing", "0.5 um")
+    facts = facts_of(source, "-o", tmp_path / "o.tif", "--pixel-size", "0.5 um")
     assert facts["spacing"] == [0.5, 0.5] and facts["objects"] == 2
     assert read(tmp_path / "o.tif").spacing[:2] == (0.5, 0.5)
 
@@ -105,7 +105,7 @@ def test_a_tiff_without_a_voxel_size_is_a_question(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (("--spacing", "1 mm"), ConfigError, "Leave out --spacing"),
+        (("--pixel-size", "1 mm"), ConfigError, "Leave out --pixel-size"),
         (("--method", "magic"), ConfigError, "is unknown"),
         (("--method", "components", "--rel", "0.1"), ConfigError, "components have no depth"),
         (("--connectivity", "7"), ConfigError, "connectivity 7"),
@@ -125,8 +125,8 @@ def test_a_spacing_without_its_unit_is_refused(tmp_path: Path, text: str) -> Non
 
     source = tmp_path / "plain.tif"
     tifffile.imwrite(source, PAIR.astype(np.uint8))
-    found = run(source, "-o", tmp_path / "o.tif", "--spacing", text).exception
-    assert isinstance(found, ConfigError) and "and their unit" in str(found)
+    found = run(source, "-o", tmp_path / "o.tif", "--pixel-size", text).exception
+    assert isinstance(found, ConfigError) and "lengths with a unit" in str(found)
 
 
 def test_an_image_of_several_channels_is_refused(tmp_path: Path) -> None:
