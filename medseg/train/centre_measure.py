@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
 
 from medseg import log
 from medseg.bundle import Bundle
 from medseg.instances.models import open_object_model
 from medseg.io import Case
+from medseg.metrics.matching import match_objects
+from medseg.metrics.overlap_table import overlap_table
 from medseg.types import IntArray
 
 THRESHOLDS = (0.5, 0.7)
@@ -64,32 +64,14 @@ def measure_objects(bundle: Bundle, cases: Sequence[Case], fold: str) -> Measure
     for case in log.progress(cases, "Measuring objects"):
         image, labels, spacing = open_objects(case)
         found = model.segment(image, spacing, channel_axis=0)
-        rows[case.name] = match_objects(labels, found.labels)
+        rows[case.name] = count_matches(labels, found.labels)
     return Measured(rows)
 
 
-def match_objects(
+def count_matches(
     reference: IntArray, found: IntArray, thresholds: Sequence[float] = THRESHOLDS
 ) -> dict[float, tuple[int, int, int]]:
-    """Return true, invented and missed objects at each IoU (>=), by the assignment with most true ones."""
-    ious, references, objects = _ious(reference, found)
-    result = {}
-    for threshold in thresholds:
-        rows, columns = np.nonzero(ious >= threshold) if ious.size else (np.zeros(0, int),) * 2
-        if threshold > 0.5 or len(rows) == len(set(rows)) == len(set(columns)):
-            true = len(rows)
-        else:
-            true = int((ious[linear_sum_assignment(-(ious >= threshold) * (1 + ious))] >= threshold).sum())
-        result[threshold] = (true, objects - true, references - true)
-    return result
-
-
-def _ious(reference: IntArray, found: IntArray) -> tuple[Any, int, int]:
-    """Return the IoU of every pair of objects, and the numbers of both."""
-    _, a = np.unique(reference, return_inverse=True)
-    _, b = np.unique(found, return_inverse=True)
-    a, b = (x.ravel() + (0 if (m == 0).any() else 1) for x, m in ((a, reference), (b, found)))
-    table = coo_array((np.ones(len(a), np.int64), (a, b)), shape=(a.max() + 1, b.max() + 1)).toarray()
-    rows, columns = table.sum(axis=1), table.sum(axis=0)
-    union = rows[1:, None] + columns[None, 1:] - table[1:, 1:]
-    return table[1:, 1:] / np.maximum(union, 1), len(rows) - 1, len(columns) - 1
+    """Return true, invented and missed objects at each IoU (>=)."""
+    table = overlap_table(reference, found)
+    matches = {threshold: match_objects(table, threshold) for threshold in thresholds}
+    return {threshold: (match.tp, match.fp, match.fn) for threshold, match in matches.items()}

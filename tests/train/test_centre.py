@@ -18,7 +18,7 @@ from medseg.nets.centre_heads import CentreHeads
 from medseg.train.centre import OBJECTS, decide_centre, describe_centre, hold_out, train_centre
 from medseg.train.centre_config import CentreConfig, CentreLoss, SyntheticConfig, load_centre
 from medseg.train.centre_losses import centre_loss, count_overlap, loss_terms
-from medseg.train.centre_measure import match_objects
+from medseg.train.centre_measure import count_matches
 from medseg.train.centre_samples import CentreSampler, make_case, make_goal, median_diameter, read_patch
 from medseg.train.synthetic_cells import SyntheticSampler, draw_cells, paint_cells
 from medseg.volume import Geometry, Volume
@@ -90,12 +90,12 @@ def test_the_bundle_finds_objects_of_any_scale_that_it_is_told(finished: Path) -
     assert model.settings.diameter == pytest.approx(9.7, abs=1.5)
     labels, image = discs(90)
     found = model.segment(image, (1.0, 1.0))
-    assert match_objects(labels, found.labels)[0.5][0] >= 6
+    assert count_matches(labels, found.labels)[0.5][0] >= 6
     assert found.labels.dtype == np.int32 and found.labels.max() == len(found.scores)
     assert ((found.scores > 0.4) & (found.scores <= 1)).all()
     double = np.kron(image, np.ones((2, 2), image.dtype))
     again = model.segment(double, (0.5, 0.5))
-    both = match_objects(np.kron(found.labels, np.ones((2, 2), int)), again.labels)[0.5]
+    both = count_matches(np.kron(found.labels, np.ones((2, 2), int)), again.labels)[0.5]
     assert both[0] >= 0.8 * len(found.scores)
 
 
@@ -273,8 +273,8 @@ def test_matching_counts_true_invented_and_missed() -> None:
     reference[:4, :4], reference[6:, 6:], reference[0, 9] = 1, 5, 9
     found = np.zeros_like(reference)
     found[:4, :4], found[6:, 6:9], found[5, 0] = 7, 2, 3
-    assert match_objects(reference, found) == {0.5: (2, 1, 1), 0.7: (2, 1, 1)}
-    assert match_objects(reference, np.ones_like(reference), [0.5])[0.5] == (0, 1, 3)
-    assert match_objects(reference * 0, found * 0)[0.5] == (0, 0, 0)
+    assert count_matches(reference, found) == {0.5: (2, 1, 1), 0.7: (2, 1, 1)}
+    assert count_matches(reference, np.ones_like(reference), [0.5])[0.5] == (0, 1, 3)
+    assert count_matches(reference * 0, found * 0)[0.5] == (0, 0, 0)
     half = np.array([[1, 1, 2, 2]]), np.array([[1, 2, 2, 2]])
-    assert match_objects(*half, [0.5])[0.5] == (2, 0, 0)
+    assert count_matches(*half, [0.5])[0.5] == (2, 0, 0)
