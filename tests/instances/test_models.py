@@ -9,7 +9,7 @@ from PIL import Image
 from medseg.errors import BundleError, ConfigError
 from medseg.instances.models import MODELS, ObjectModel, load_object_model
 from medseg.train.centre_config import SyntheticConfig, load_centre
-from medseg.train.centre_measure import match_objects
+from medseg.train.centre_measure import count_matches
 from medseg.train.synthetic_cells import draw_cells, paint_cells
 
 SCENE = SyntheticConfig(
@@ -33,7 +33,7 @@ def scene(name: str, seed: int = 4) -> tuple[np.ndarray, np.ndarray]:
 def test_a_shipped_model_finds_the_cells_of_a_drawn_scene(name: str, models: dict[str, ObjectModel]) -> None:
     labels, image = scene(name)
     found = models[name].segment(image, diameter=15.0)
-    true, invented, missed = match_objects(labels, found.labels)[0.5]
+    true, invented, missed = count_matches(labels, found.labels)[0.5]
     assert true / (true + invented + missed) > 0.6
     assert found.labels.dtype == np.int32 and found.labels.shape == labels.shape
     assert found.scores.shape == (found.labels.max(),) and ((found.scores > 0) & (found.scores <= 1)).all()
@@ -45,7 +45,7 @@ def test_type_and_range_of_an_image_do_not_matter(name: str, models: dict[str, O
     first = models[name].segment(image, diameter=15.0)
     for other in ((image * 1000 + 3000).astype(np.int16), (image.astype(np.float64) - 5) * 1e-6):
         again = models[name].segment(other, diameter=15.0)
-        true, invented, missed = match_objects(first.labels, again.labels)[0.5]
+        true, invented, missed = count_matches(first.labels, again.labels)[0.5]
         assert true >= 0.9 * (true + invented + missed)
 
 
@@ -79,7 +79,7 @@ def test_an_anisotropic_volume_holds_the_same_cells(models: dict[str, ObjectMode
     labels, image = scene("nuclei3d")
     thick = image.reshape(20, 2, 44, 48).mean(axis=1)
     found = models["nuclei3d"].segment(thick, (2.0, 1.0, 1.0), diameter=15.0)
-    true, invented, missed = match_objects(labels[::2], found.labels)[0.5]
+    true, invented, missed = count_matches(labels[::2], found.labels)[0.5]
     assert true / (true + invented + missed) > 0.5
 
 
@@ -115,5 +115,5 @@ def test_nuclei2d_finds_nuclei_that_it_never_saw(models: dict[str, ObjectModel],
         (image, labels) for image, labels in pairs if image[labels > 0].mean() > image[labels == 0].mean()
     ]
     for image, labels in bright[:4]:
-        counts += match_objects(labels, models["nuclei2d"].segment(image).labels)[0.5]
+        counts += count_matches(labels, models["nuclei2d"].segment(image).labels)[0.5]
     assert counts[0] / counts.sum() > 0.7

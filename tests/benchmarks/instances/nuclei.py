@@ -23,7 +23,7 @@ from medseg.instances.models import ObjectModel, load_object_model
 from medseg.io import open_dataset
 from medseg.train.centre import OBJECTS, hold_out, open_objects
 from medseg.train.centre_config import CentreConfig
-from medseg.train.centre_measure import match_objects
+from medseg.train.centre_measure import count_matches
 from medseg.train.centre_samples import median_diameter
 
 RECIPE = Path(__file__).parents[3] / "configs" / "instances" / "nuclei2d.yaml"
@@ -83,7 +83,7 @@ def measure(rows: list[Row], model: ObjectModel, knows_diameter: bool) -> dict[s
         line: dict[str, Any] = {"kind": kind, "name": name, "diameter": round(found.diameter, 3)}
         line["true diameter"] = round(median_diameter(labels, spacing), 3)
         for method, result in (("model", found.labels), ("otsu", otsu_and_splitting(image, spacing))):
-            counts = match_objects(labels, result)
+            counts = count_matches(labels, result)
             line[method] = {str(t): [int(c) for c in counts[t]] for t in counts}
             for t in counts:
                 pooled[f"{method} {kind}"][t] += counts[t]
