@@ -61,11 +61,13 @@ def count(
 ) -> None:
     """Find, count and measure the objects of images: label map, table, picture, and what was dropped.
 
-    Writes NAME_labels, NAME_objects.csv, NAME_overlay.png and NAME_qc.json for each image, and counts.csv.
+    Writes NAME_labels, NAME_objects.csv, NAME_overlay.png and NAME_qc.json for each image, counts.csv, and
+    report.html: a page to look at, which leads to NAME_report.html where there are several images.
     """
     from medseg.errors import ConfigError
     from medseg.files import check_writable
-    from medseg.instances.count import write_summary
+    from medseg.instances.count import PAGE, write_summary
+    from medseg.instances.count_page import build_index
 
     check_writable(out, folder=True)
     paths = _listed(images)
@@ -76,12 +78,15 @@ def count(
     )
     if rows:
         write_summary(rows, out / "counts.csv")
+    if rows and len(paths) > 1:
+        build_index(rows, failures).write(out / PAGE)
     if json:
         typer.echo(json_module.dumps({"images": rows, "failures": failures}))
     else:
         for row in rows:
             typer.echo(_line(row))
-        typer.echo(f"Results: {out}")
+        if rows:
+            typer.echo(f"Results: {out / PAGE}")
     _settle(failures, len(paths))
 
 
@@ -119,6 +124,7 @@ def _count_all(
     """Count image after image; one that fails does not stop the others."""
     from medseg.errors import MedsegError
     from medseg.instances.count import (
+        PAGE,
         PIXELS,
         count_objects,
         default_model,
@@ -139,7 +145,8 @@ def _count_all(
             finder = _open(model or default_model(volume), loaded, threads)
             inside = None if regions is None else read(regions)
             found = count_objects(volume, finder, diameter, inside, pixel_size == PIXELS)
-            files = write_counted(found, out, stem_of(path), path, export)
+            page = PAGE if len(paths) == 1 else f"{stem_of(path)}_{PAGE}"
+            files = write_counted(found, out, stem_of(path), path, export, page)
             rows.append({"image": path.name} | describe_counted(found, files))
         except MedsegError as error:
             if len(paths) == 1:

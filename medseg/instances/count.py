@@ -10,6 +10,7 @@ import numpy as np
 from medseg import __version__
 from medseg.errors import ConfigError, DataError, GeometryError
 from medseg.files import write_text
+from medseg.instances.count_page import build_page, size_column
 from medseg.instances.export import (
     write_csv,
     write_geojson,
@@ -30,6 +31,7 @@ from medseg.volume import Volume
 
 Further = Literal["geojson", "roi", "parquet"]
 PIXELS = "pixel"
+PAGE = "report.html"
 # Formats that can hold a label map; of others it is a TIFF.
 _KEPT = {".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff"}
 
@@ -160,9 +162,23 @@ def _pixel_name(name: str) -> str:
 
 
 def write_counted(
-    counted: Counted, folder: PathLike, name: str, source: PathLike, further: Sequence[Further] = ()
+    counted: Counted,
+    folder: PathLike,
+    name: str,
+    source: PathLike,
+    further: Sequence[Further] = (),
+    page: str = PAGE,
 ) -> dict[str, Path]:
-    """Write label map, table, picture and QC list as ``NAME_...``; return what was written.
+    """Write label map, table, picture and QC list as ``NAME_...``, and a page; return what was written.
+
+    Parameters
+    ----------
+    counted : Counted
+    folder : made if it is not there
+    name : what names of files begin with
+    source : the image, which the label map shares the format of where that can hold one
+    further : outlines or tables besides
+    page : name of the HTML page
 
     Raises
     ------
@@ -185,11 +201,13 @@ def write_counted(
     write_label_map(instances, files["labels"])
     write_csv(counted.table, files["table"])
     write_overlay(instances, counted.image, files["overlay"], title=name)
-    write_qc(instances, files["qc"])
+    write_qc(instances, files["qc"], in_pixels=counted.in_pixels)
     if counted.regions is not None:
         files["regions"] = place / f"{name}_regions.csv"
         write_csv(counted.regions, files["regions"])
-    return files | _write_further(counted, place, name, further)
+    files |= _write_further(counted, place, name, further)
+    build_page(counted, Path(source).name, files).write(place / page)
+    return files | {"page": place / page}
 
 
 def _write_further(counted: Counted, place: Path, name: str, further: Sequence[Further]) -> dict[str, Path]:
@@ -211,14 +229,13 @@ def describe_counted(counted: Counted, files: Mapping[str, Path]) -> dict[str, A
     """Return the numbers of an image as plain data."""
     instances = counted.instances
     unit = "px" if counted.in_pixels else {"mm": "mm", "micron": "um"}[instances.unit]
-    size = next((n for n in counted.table.columns if n.startswith(("area_", "volume_"))), None)
-    sizes = counted.table.columns[size] if size and len(instances) else np.zeros(0)
+    size = size_column(counted)
     return {
         "objects": len(instances),
         "model": instances.provenance["model"],
         "unit": unit,
         "diameter": round(float(counted.diameter), 3),
-        "size": None if not len(sizes) else {"column": size, "median": float(np.median(sizes))},
+        "size": None if size is None else {"column": size, "median": float(np.median(counted.table[size]))},
         "touching_border": int(np.sum(counted.table.columns["touches_border"])) if len(instances) else 0,
         "dropped": [{"rule": d.rule, "count": d.count, "voxels": d.voxels} for d in instances.dropped],
         "files": {kind: str(path) for kind, path in files.items()},
