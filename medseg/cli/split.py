@@ -60,13 +60,16 @@ def split(
     A mask is split where its objects narrow, each label of a label map by itself, a height map (probability,
     distance, intensity) where it has valleys.
     """
-    from medseg.files import check_writable
+    from medseg.files import check_distinct, check_writable
     from medseg.instances.split import split as split_objects
     from medseg.io import write
+    from medseg.io.formats import check_format
 
     check_writable(out)
+    check_format(out)
+    check_distinct([out], [source])
     volume = _read(source, pixel_size)
-    array, kind = _values(volume, height_map)
+    array, kind = _values(volume, height_map, source)
     scale = 1000.0 if volume.geometry.unit == "micron" else 1.0
     settings = _settings(method, h_mm, scale if kind == "label map" else 1.0, rel, floor, connectivity)
     found = split_objects(
@@ -100,13 +103,16 @@ def _read(source: Path, pixel_size: str | None) -> "Volume":
     return with_spacing(volume, *parse_spacing(pixel_size))
 
 
-def _values(volume: "Volume", height_map: bool | None) -> "tuple[Array, str]":
+def _values(volume: "Volume", height_map: bool | None, source: Path) -> "tuple[Array, str]":
     """Return the voxels, two axes for a single slice, and what they are."""
     import numpy as np
 
+    from medseg.errors import DataError
     from medseg.instances.schema import whole_labels
 
     array = volume.array[0, ..., 0] if volume.shape[2] == 1 else volume.array[0]
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError(f"{source}: holds NaN or infinite values. Replace them, for example by 0.")
     if height_map is None:
         height_map = array.dtype.kind == "f" and not bool((np.trunc(array) == array).all())
     if height_map:
@@ -169,12 +175,17 @@ def _facts(
     }
 
 
+def _count(objects: int) -> str:
+    return f"{objects} object{'' if objects == 1 else 's'}"
+
+
 def _readable(facts: dict[str, Any]) -> str:
-    lines = [f"{facts['output']}: {facts['objects']} objects of a {facts['kind']}, by {facts['method']}."]
     counts = facts["objects_of_label"]
+    kind = "mask" if facts["kind"] == "label map" and list(counts) == ["1"] else facts["kind"]
+    lines = [f"{facts['output']}: {_count(facts['objects'])} of a {kind}, by {facts['method']}."]
     if len(counts) > 1:
         shown = ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:SHOWN])
-        lines.append(f"  of label {shown}{', ... (all: --json)' if len(counts) > SHOWN else ''}")
+        lines.append(f"  objects of label {shown}{', ... (all: --json)' if len(counts) > SHOWN else ''}")
     for entry in facts["dropped"]:
-        lines.append(f"  removed: {entry['count']} objects {entry['rule']} ({entry['voxels']} voxels)")
+        lines.append(f"  removed: {_count(entry['count'])} {entry['rule']} ({entry['voxels']} voxels)")
     return "\n".join([*lines, *(f"  note: {note}" for note in facts["notes"])])

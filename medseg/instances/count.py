@@ -10,6 +10,7 @@ import numpy as np
 from medseg import __version__
 from medseg.errors import ConfigError, DataError, GeometryError
 from medseg.files import write_text
+from medseg.instances.channels import choose_channel
 from medseg.instances.count_page import build_page, size_column
 from medseg.instances.export import (
     write_csv,
@@ -26,6 +27,8 @@ from medseg.instances.schema import Instances, instances_of
 from medseg.instances.table import MeasureConfig, Table, measure_objects, measure_regions
 from medseg.io import read
 from medseg.io.formats import suffix_of
+from medseg.io.grids import FLAT_NOTE
+from medseg.io.microscopy import UNKNOWN_SPACING_NOTE
 from medseg.types import PathLike
 from medseg.volume import Volume
 
@@ -107,6 +110,7 @@ def count_objects(
     regions: Volume | None = None,
     in_pixels: bool = False,
     config: MeasureConfig | None = None,
+    channel: int | None = None,
 ) -> Counted:
     """Find and measure the objects of an image.
 
@@ -122,9 +126,13 @@ def count_objects(
     in_pixels : bool
         The image has no scale: lengths are called pixels, and the model is told none.
     config : MeasureConfig, optional
+    channel : int, optional
+        That shows the objects, counted from 0; intensities are measured in all of them.
 
     Raises
     ------
+    ConfigError
+        There is no such channel, or one has to be chosen.
     DataError
         A picture for a 3D model, a volume for a 2D one, or values that are not finite.
     """
@@ -135,7 +143,8 @@ def count_objects(
             f"{model.name} finds objects in {model.network.dimensions}D, and the image is a {kind}. "
             "Take a model (--model) that was trained on such images."
         )
-    array = image.array[..., 0] if flat else image.array
+    shown = choose_channel(image, channel)
+    array = shown.array[..., 0] if flat else shown.array
     spacing = None if in_pixels else image.spacing[: array.ndim - 1]
     found = model.segment(array, spacing, diameter, channel_axis=0)
     labels = image.with_array(found.labels.reshape(1, *image.shape))
@@ -191,13 +200,7 @@ def write_counted(
             "outlines (geojson, roi) are of pictures, and the image is a volume. Leave them out."
         )
     place.mkdir(parents=True, exist_ok=True)
-    suffix = suffix_of(Path(source))
-    files = {
-        "labels": place / f"{name}_labels{suffix if suffix in _KEPT else '.tif'}",
-        "table": place / f"{name}_objects.csv",
-        "overlay": place / f"{name}_overlay.png",
-        "qc": place / f"{name}_qc.json",
-    }
+    files = files_of(place, name, source)
     write_label_map(instances, files["labels"])
     write_csv(counted.table, files["table"])
     write_overlay(instances, counted.image, files["overlay"], title=name)
@@ -208,6 +211,17 @@ def write_counted(
     files |= _write_further(counted, place, name, further)
     build_page(counted, Path(source).name, files).write(place / page)
     return files | {"page": place / page}
+
+
+def files_of(folder: PathLike, name: str, source: PathLike) -> dict[str, Path]:
+    """Return where the results of an image always go, by kind."""
+    suffix, place = suffix_of(Path(source)), Path(folder)
+    return {
+        "labels": place / f"{name}_labels{suffix if suffix in _KEPT else '.tif'}",
+        "table": place / f"{name}_objects.csv",
+        "overlay": place / f"{name}_overlay.png",
+        "qc": place / f"{name}_qc.json",
+    }
 
 
 def _write_further(counted: Counted, place: Path, name: str, further: Sequence[Further]) -> dict[str, Path]:
@@ -238,8 +252,14 @@ def describe_counted(counted: Counted, files: Mapping[str, Path]) -> dict[str, A
         "size": None if size is None else {"column": size, "median": float(np.median(counted.table[size]))},
         "touching_border": int(np.sum(counted.table.columns["touches_border"])) if len(instances) else 0,
         "dropped": [{"rule": d.rule, "count": d.count, "voxels": d.voxels} for d in instances.dropped],
+        "notes": notes_of(counted.image),
         "files": {kind: str(path) for kind, path in files.items()},
     }
+
+
+def notes_of(image: Volume) -> list[str]:
+    """Return what its reader had to assume; that a picture has no third axis is nothing new."""
+    return [note for note in image.notes if note not in (FLAT_NOTE, UNKNOWN_SPACING_NOTE)]
 
 
 def write_summary(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:

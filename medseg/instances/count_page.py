@@ -10,6 +10,7 @@ import numpy as np
 import medseg
 from medseg.instances.export.overlay import draw_views, read_thumbnail
 from medseg.instances.export.qc import describe_qc
+from medseg.io.grids import FLAT_NOTE
 from medseg.metrics.report import Cell, CellLike, HtmlReport, Picture, histogram
 from medseg.types import FloatArray
 
@@ -316,7 +317,11 @@ def _add_objects(report: HtmlReport, counted: "Counted", sizes: str, files: Mapp
 def _settings(counted: "Counted") -> dict[str, object]:
     facts = dict(counted.instances.provenance)
     unit = _UNITS[_short(counted)]
-    diameter = float(facts.pop("diameter", counted.diameter))
-    version = facts.pop("medseg", medseg.__version__)
-    looked = f"{number(diameter)} {unit}" if diameter else "none: the image has one value only"
-    return {"model": facts.pop("model", ""), "diameter looked for": looked, **facts, "medseg": version}
+    diameter, version = facts.pop("diameter", None), facts.pop("medseg", medseg.__version__)
+    shown: dict[str, object] = {"model": facts.pop("model", "")}
+    if diameter:
+        shown["diameter looked for"] = f"{number(diameter)} {unit}"
+    notes = [note for note in counted.image.notes if note != FLAT_NOTE]
+    if notes:
+        shown["notes on the image"] = "; ".join(notes)
+    return {**shown, **facts, "medseg": version}

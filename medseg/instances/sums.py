@@ -136,7 +136,7 @@ def sum_intensities(labels: IntArray, image: Array, count: int) -> Intensities:
 def _statistics(table: FloatArray, highest: FloatArray, tally: IntArray) -> Intensities:
     pivot, total, squares, lowest = table
     finite, missing = tally
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         shift = total / finite
         std = np.sqrt(np.maximum(squares / finite - shift**2, 0.0))
     nothing = finite == 0

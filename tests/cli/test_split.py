@@ -43,7 +43,7 @@ def test_a_mask_becomes_objects_on_its_own_grid(tmp_path: Path, name: str) -> No
     source = saved(tmp_path / name, thick)
     result = run(source, "-o", tmp_path / "out" / name)
     assert result.exit_code == 0, result.output
-    assert "2 objects of a label map, by basins" in result.stdout
+    assert "2 objects of a mask, by basins" in result.stdout
     before, after = read(source), read(tmp_path / "out" / name)
     assert after.geometry.matches(before.geometry)
     assert after.array.dtype == np.uint16 and after.array.max() == 2

@@ -176,8 +176,10 @@ def _window(values: Array) -> FloatArray:
     if not finite.size:
         return np.zeros(values.shape, np.float32)
     low, high = np.percentile(finite[:: max(1, finite.size // 2_000_000)], _CLIPPED)
-    scaled = (np.nan_to_num(values.astype(np.float32), nan=low) - low) / max(high - low, 1e-12)
-    return np.asarray(np.clip(scaled, 0.0, 1.0))
+    exact = np.float64 if values.dtype.itemsize > 4 else np.float32
+    seen = np.nan_to_num(values.astype(exact), nan=low, posinf=high, neginf=low)
+    scaled = (seen - low) / max(high - low, 1e-12)
+    return np.clip(scaled, 0.0, 1.0).astype(np.float32, copy=False)
 
 
 def _projected(shown: _Shown, axis: int) -> _Shown:
