@@ -106,7 +106,7 @@ class ObjectModel:
             diameter = self.settings.diameter
         # Offsets are kept in 16 bits, which hold no image in nanometres. In units of about a voxel they do; a
         # power of two changes nothing but exponents.
-        unit = 2.0 ** np.round(np.log2(min(size)))
+        unit = 2.0 ** round(float(np.log2(min(size))))
         relative = tuple(s / unit for s in size)
         if diameter is None:
             diameter = estimate_diameter(self.network, shown, relative) or UNKNOWN_DIAMETER * min(relative)

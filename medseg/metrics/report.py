@@ -229,7 +229,7 @@ def histogram(values: FloatArray, x_label: str, y_label: str, size: tuple[float,
     middle = float(np.median(values))
     with _figure(size) as (figure, draw):
         axes = figure.add_subplot()
-        axes.hist(values, edges, color=PALETTE[1], edgecolor="#ffffff", linewidth=0.6)
+        axes.hist(values, edges.tolist(), color=PALETTE[1], edgecolor="#ffffff", linewidth=0.6)
         axes.axvline(middle, color=_INK, linewidth=1.2, linestyle="--", label=f"median {middle:.4g}")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)

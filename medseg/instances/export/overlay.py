@@ -179,7 +179,7 @@ def _window(values: Array) -> FloatArray:
     exact = np.float64 if values.dtype.itemsize > 4 else np.float32
     seen = np.nan_to_num(values.astype(exact), nan=low, posinf=high, neginf=low)
     scaled = (seen - low) / max(high - low, 1e-12)
-    return np.clip(scaled, 0.0, 1.0).astype(np.float32, copy=False)
+    return np.asarray(np.clip(scaled, 0.0, 1.0), np.float32)
 
 
 def _projected(shown: _Shown, axis: int) -> _Shown:
