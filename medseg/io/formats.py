@@ -150,7 +150,7 @@ def _lookup(path: Path, table: dict[str, T], verb: str) -> T:
     suffix = suffix_of(path)
     if suffix in table:
         return table[suffix]
-    if verb == "read" and not path.exists():
+    if verb == "read" and not path.suffix and not path.exists():
         raise ReadError(f"{path}: no such file. Check the path.")
     if path.is_dir():
         raise ReadError(
