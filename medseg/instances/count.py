@@ -24,7 +24,7 @@ from medseg.instances.export import (
 from medseg.instances.models import MODELS, ObjectModel
 from medseg.instances.scale import knows_spacing, parse_spacing, require_spacing, with_spacing
 from medseg.instances.schema import Instances, instances_of
-from medseg.instances.table import MeasureConfig, Table, measure_objects, measure_regions
+from medseg.instances.table import MeasureConfig, Table, check_regions, measure_objects, measure_regions
 from medseg.io import read
 from medseg.io.formats import suffix_of
 from medseg.io.grids import FLAT_NOTE
@@ -77,7 +77,8 @@ def read_measured(path: PathLike, pixel_size: str | None) -> Volume:
     """
     volume = read(path)
     if pixel_size == PIXELS:
-        return with_spacing(volume, (1.0,), "mm") if knows_spacing(volume) else volume
+        plain = not knows_spacing(volume) and volume.spacing[:2] == (1.0, 1.0)
+        return volume if plain else with_spacing(volume, (1.0,), "mm")
     if pixel_size is not None:
         return with_spacing(volume, *parse_spacing(pixel_size))
     try:
@@ -136,6 +137,8 @@ def count_objects(
     DataError
         A picture for a 3D model, a volume for a 2D one, or values that are not finite.
     """
+    if regions is not None:
+        check_regions(regions, image)
     flat = image.shape[2] == 1
     if flat != (model.network.dimensions == 2):
         kind = "picture" if flat else f"volume of {image.shape[2]} slices"

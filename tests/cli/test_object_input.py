@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from medseg.cli import app
 from medseg.errors import ConfigError, DataError, LabelError, MedsegError, OutputError, ReadError
+from medseg.instances.count import read_measured
 from medseg.io import read
 from medseg.types import Array, IntArray
 
@@ -294,6 +295,11 @@ def test_a_size_without_a_unit_is_asked_for(tmp_path: Path) -> None:
         tmp_path / "a.tif", image, ome=True, metadata=HALF_MICRON | {"PhysicalSizeXUnit": "pixel"}
     )
     assert "How large is one?" in refused(run("count", tmp_path / "a.tif", "-o", tmp_path / "out"))
+    result = run(
+        "count", tmp_path / "a.tif", "-o", tmp_path / "out", "--pixel-size", "pixel", "--diameter", "16"
+    )
+    assert "2 objects" in result.output
+    assert read_measured(tmp_path / "a.tif", "pixel").spacing[:2] == (1.0, 1.0)
 
 
 def test_names_of_files_may_hold_anything(tmp_path: Path) -> None:
