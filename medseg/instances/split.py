@@ -177,7 +177,8 @@ def split(
 
     Examples
     --------
-    >>> two = np.array([[0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 1, 1, 1], [0, 1, 1, 0, 1, 1, 0]])
+    >>> two = np.ones((5, 9), int)
+    >>> two[[0, 1, 3, 4], 4] = 0  # a neck of one voxel
     >>> split(two, (1.0, 1.0)).count, split(two, (1.0, 1.0), "components").count
     (2, 1)
     """
