@@ -7,7 +7,7 @@ that it points to. So nothing depends on tiles once the maps are there, and no m
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import cc3d
 import numpy as np
@@ -42,8 +42,6 @@ class CentreSettings(Config):
     reach : largest distance of a vote from its centre, in diameters
     least_content : smaller objects are dropped, in contents of a usual object
     least_score : and so are those of a lower mean probability
-    search : how an unknown size is found: "trusted" takes the assumption that agrees best with what is found,
-        "largest" comes down from a large one, since in strong noise every small size finds itself
     """
 
     object_voxels: float = Field(20.0, gt=0)
@@ -56,7 +54,6 @@ class CentreSettings(Config):
     reach: float = Field(0.75, gt=0)
     least_content: float = Field(0.03, ge=0)
     least_score: float = Field(0.0, ge=0, le=1)
-    search: Literal["trusted", "largest"] = "trusted"
 
 
 @dataclass(frozen=True, eq=False)
