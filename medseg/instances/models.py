@@ -16,7 +16,8 @@ from medseg.errors import BundleError, ConfigError
 from medseg.infer.runtime import choose_runtime, count_threads
 from medseg.instances.centre_model import CentreNetwork, CentreSettings, Found, prepare_image
 from medseg.instances.diameter import estimate_diameter
-from medseg.types import Array, PathLike
+from medseg.labels import PanopticLabels
+from medseg.types import Array, PathLike, Shape
 
 MODELS: dict[str, str] = {
     "nuclei2d": "Nuclei in 2D: fluorescence and H&E (trained on Data Science Bowl 2018, CC0).",
@@ -49,6 +50,13 @@ class ObjectModel:
     def settings(self) -> CentreSettings:
         """How its maps become objects."""
         return self.network.settings
+
+    @property
+    def classes(self) -> PanopticLabels:
+        """The classes that it tells apart, things and stuff; one thing, where it finds objects alone."""
+        named = {name: v for name, v in self.bundle.labels.foreground.items() if isinstance(v, int)}
+        things = tuple(name for name, value in named.items() if value in self.settings.things)
+        return PanopticLabels.from_dict({"labels": named, "things": things}, self.name)
 
     def with_settings(self, **changes: object) -> "ObjectModel":
         """Return the same model that makes objects in another way, e.g. ``threshold=0.4``."""
@@ -88,7 +96,7 @@ class ObjectModel:
         if len(size) != n or not all(np.isfinite(s) and s > 0 for s in size):
             raise ConfigError(f"spacing {size}: expected {n} numbers above 0, one an axis.")
         if not shown.size or shown.min() == shown.max():  # of one value: nothing is there to be seen
-            return Found(np.zeros(shown.shape[1:], np.int32), np.zeros(0, np.float32), 0.0, 0, ())
+            return self._nothing(shown.shape[1:])
         if diameter is None and spacing is not None:
             diameter = self.settings.diameter
         if diameter is None:
@@ -96,6 +104,12 @@ class ObjectModel:
         if not np.isfinite(diameter) or diameter <= 0:
             raise ConfigError(f"diameter {diameter}: expected more than 0.")
         return self.network.find(shown, size, float(diameter))
+
+    def _nothing(self, shape: Shape) -> Found:
+        """Return what is found in an image without anything."""
+        areas = np.zeros(shape, np.uint8) if len(self.settings.things) < self.settings.classes - 1 else None
+        none = np.zeros(0, np.int64)
+        return Found(np.zeros(shape, np.int32), np.zeros(0, np.float32), 0.0, 0, (), none, areas)
 
 
 def load_object_model(
