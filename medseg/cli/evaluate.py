@@ -31,12 +31,18 @@ def evaluate(
         bool, typer.Option("--instances", help="Every value is one object: match and count them, 2D or 3D.")
     ] = False,
     iou: Annotated[float, typer.Option(help="With --instances: IoU from which on an object is found.")] = 0.5,
+    panoptic: Annotated[
+        bool, typer.Option("--panoptic", help="Folders of medseg panoptic, or data sets with semantic/.")
+    ] = False,
+    background_is_void: Annotated[
+        bool, typer.Option("--background-is-void", help="With --panoptic: judge nothing where no class is.")
+    ] = False,
 ) -> None:
     """Measure PREDICTIONS against REFERENCES, matched by case name.
 
     Dice, IoU, volume error, surface Dice, HD95 and ASSD, with 95 % bootstrap intervals; with --instances F1,
-    AP, PQ, AJI, SEG, DET, counts, and what was missed, invented, merged or split. Exit code 3 if some cases
-    could not be measured, 4 if none matches.
+    AP, PQ, AJI, SEG, DET, counts, and what was missed, invented, merged or split; with --panoptic PQ, SQ and
+    RQ of things, stuff and both. Exit code 3 if some cases could not be measured, 4 if none matches.
     """
     from medseg import metrics
     from medseg.errors import PartialFailure
@@ -45,6 +51,11 @@ def evaluate(
     for path in (json, html, csv):
         if path is not None and path != Path("-"):
             check_writable(path)
+    if panoptic or background_is_void:
+        from medseg.cli.evaluate_panoptic import evaluate_maps
+
+        others = {"--instances": instances, "--html": html, "--labels": labels, "--images": images}
+        return evaluate_maps(predictions, references, json, csv, panoptic, background_is_void, others)
     if instances:
         from medseg.cli.evaluate_instances import evaluate_objects
 
@@ -54,6 +65,19 @@ def evaluate(
         typer.echo(metrics.dump_json(result), nl=False)
     else:
         _print(result)
+    _write(result, json, csv, html, images)
+    if result.failures:
+        first = result.failures[0]
+        raise PartialFailure(
+            f"{len(result.failures)} of {len(result.failures) + len(result.cases)} cases were not measured; "
+            f"the others are. First: {first.case}: {first.error}"
+        )
+
+
+def _write(
+    result: "Evaluation", json: Path | None, csv: Path | None, html: Path | None, images: Path | None
+) -> None:
+    """Write the files that were asked for."""
     if json is not None and json != Path("-"):
         result.to_json(json)
     if csv is not None:
@@ -62,12 +86,6 @@ def evaluate(
         result.to_html(html, images)
         if json != Path("-"):
             typer.echo(f"Page: {html}")
-    if result.failures:
-        first = result.failures[0]
-        raise PartialFailure(
-            f"{len(result.failures)} of {len(result.failures) + len(result.cases)} cases were not measured; "
-            f"the others are. First: {first.case}: {first.error}"
-        )
 
 
 def _labels(path: Path | None) -> "LabelSet | Path | None":

@@ -1,0 +1,167 @@
+"""``medseg panoptic``."""
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from medseg.instances.panoptic_files import PanopticResult
+    from medseg.labels import PanopticLabels
+
+FLAG = " "
+
+
+def panoptic(
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT_DIR", help="Folder for the results.")],
+    image: Annotated[
+        Path | None,
+        typer.Argument(metavar="IMAGE", readable=False, help="For --model, and under the overlay."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="BUNDLE", help="Of medseg train --task panoptic: finds everything.")
+    ] = None,
+    semantic: Annotated[
+        Path | None, typer.Option(help="In place of a model: label map with the class of each voxel.")
+    ] = None,
+    instances: Annotated[
+        Path | None,
+        typer.Option(help="Label map of objects; without it, the things of --semantic are split."),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON with the values of 'labels' and the names of 'things'."),
+    ] = None,
+    things: Annotated[
+        list[str] | None,
+        typer.Option(help="In place of --classes, where a file beside --semantic names labels; repeatable."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="How: components, basins or watershed.", show_default="components")
+    ] = None,
+    h_mm: Annotated[
+        float | None, typer.Option(min=0.0, help="For basins: depth of the valley between two objects.")
+    ] = None,
+    min_stuff_mm3: Annotated[
+        float, typer.Option(min=0.0, help="Drop a stuff class of less in the image (mm2 in a picture).")
+    ] = 0.0,
+    min_thing_mm3: Annotated[
+        float, typer.Option(min=0.0, help="Drop smaller objects that were split (mm2 in a picture).")
+    ] = 0.0,
+    diameter: Annotated[
+        float | None, typer.Option(min=0.0, help="With --model: of a usual object, in the image's unit.")
+    ] = None,
+    pixel_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Where a file does not tell it: '0.5 micron'; or 'pixel'."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="All cores, if not given.")] = None,
+    json: Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print the result as JSON.")] = False,
+) -> None:
+    """Make one map of things (objects, counted) and stuff (areas): from a model, or from existing maps.
+
+    Writes NAME_panoptic (class * divisor + object), NAME_semantic, NAME_instances, NAME_classes.json,
+    NAME_objects.csv, NAME_overlay.png, and NAME_qc.json with everything that was dropped.
+    """
+    from medseg.files import check_writable
+    from medseg.instances.panoptic_files import SplitChoice, describe_panoptic, merge_files, write_panoptic
+    from medseg.io.formats import stem_of
+
+    given = {
+        "--instances": instances,
+        "--classes": classes,
+        "--things": things,
+        "--split": split,
+        "--h-mm": h_mm,
+        "--min-thing-mm3": min_thing_mm3 or None,
+    }
+    _check(image, model, semantic, given, diameter)
+    check_writable(out, folder=True)
+    if semantic is None:
+        assert image is not None and model is not None  # checked
+        result = _find(image, model, diameter, pixel_size, min_stuff_mm3, threads)
+    else:
+        choice = SplitChoice(split or "components", h_mm)
+        known = _classes(semantic, classes, things)
+        result = merge_files(
+            semantic, known, instances, image, pixel_size, choice, min_stuff_mm3, min_thing_mm3
+        )
+    source = semantic if semantic is not None else image
+    assert source is not None  # one of the two was given
+    name = stem_of(image or source)
+    files = write_panoptic(result, out, name, source)
+    facts = {"name": name, **describe_panoptic(result, files)}
+    typer.echo(json_module.dumps(facts) if json else _readable(facts, out))
+
+
+def _check(
+    image: Path | None,
+    model: str | None,
+    semantic: Path | None,
+    given: dict[str, Any],
+    diameter: float | None,
+) -> None:
+    """Refuse options that have no sense together."""
+    from medseg.errors import ConfigError
+
+    if (model is None) == (semantic is None):
+        raise ConfigError("what makes the map? Give either --model BUNDLE or --semantic LABEL_MAP.")
+    if model is not None:
+        if image is None:
+            raise ConfigError("--model needs an image. Give its path as the first argument.")
+        wrong = next((name for name, value in given.items() if value), None)
+        if wrong:
+            raise ConfigError(f"{wrong} belongs to --semantic, and the model knows by itself. Leave it out.")
+        return
+    if diameter is not None:
+        raise ConfigError("--diameter is for --model. Leave it out.")
+    if (given["--classes"] is None) == (given["--things"] is None):
+        raise ConfigError(
+            "which classes are things? Give either --classes FILE (labels and things), or --things NAME."
+        )
+    wrong = next((name for name in ("--split", "--h-mm", "--min-thing-mm3") if given[name] is not None), None)
+    if wrong and given["--instances"] is not None:
+        raise ConfigError(f"{wrong} is for things that are split, and --instances has them. Leave out one.")
+
+
+def _classes(semantic: Path, classes: Path | None, things: list[str] | None) -> "PanopticLabels":
+    from medseg.errors import ConfigError
+    from medseg.labels import PanopticLabels, read_panoptic_labels
+    from medseg.metrics.pairing import find_labels
+
+    if classes is not None:
+        return read_panoptic_labels(classes)
+    found = find_labels(None, semantic, semantic.parent)
+    if found is None or found.has_regions:
+        raise ConfigError(
+            f"{semantic}: no dataset.json or predictions.json beside it names its values. Give --classes."
+        )
+    return PanopticLabels.from_dict({"labels": found.entries, "things": things}, "--things")
+
+
+def _find(
+    image: Path,
+    model: str,
+    diameter: float | None,
+    pixel_size: str | None,
+    min_stuff_mm3: float,
+    threads: int | None,
+) -> "PanopticResult":
+    from medseg.instances.count import PIXELS, read_measured
+    from medseg.instances.models import load_object_model
+    from medseg.instances.panoptic_files import find_panoptic
+
+    volume = read_measured(image, pixel_size)
+    finder = load_object_model(model, threads=threads)
+    return find_panoptic(volume, finder, diameter, pixel_size == PIXELS, min_stuff_mm3)
+
+
+def _readable(facts: dict[str, Any], out: Path) -> str:
+    things = ", ".join(f"{count} {name}" for name, count in facts["things"].items()) or "no things"
+    lines = [f"{facts['name']}: {things}"]
+    lines += [f"  {name}: {size:,.4g} {facts['stuff_unit']}" for name, size in facts["stuff"].items()]
+    for entry in facts["dropped"]:
+        objects = f"{entry['count']} objects, " if entry["count"] else ""
+        lines.append(f"  dropped: {entry['rule']} ({objects}{entry['voxels']} voxels)")
+    return "\n".join([*lines, f"Results: {out}"])

@@ -1,0 +1,256 @@
+"""From files to a panoptic map, and from it to a folder of results: what ``medseg panoptic`` does."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medseg import __version__
+from medseg.config import Config
+from medseg.errors import ConfigError, GeometryError, MedsegError
+from medseg.files import write_text
+from medseg.instances.count import KEPT, PIXELS, find_in, in_pixel_units, read_measured
+from medseg.instances.export import write_csv, write_panoptic_overlay, write_qc
+from medseg.instances.export.label_map import smallest, write_label_map
+from medseg.instances.models import ObjectModel
+from medseg.instances.panoptic import Panoptic, merge_dense, merge_found, panoptic_of, split_things
+from medseg.instances.split import SPLITTERS
+from medseg.instances.table import Table, measure_objects
+from medseg.io import read, write
+from medseg.io.formats import suffix_of
+from medseg.io.grids import FLAT_NOTE, grid_difference
+from medseg.labels import PanopticLabels
+from medseg.metrics.panoptic_maps import CLASSES, PACKED
+from medseg.types import PathLike
+from medseg.volume import Unit, Volume
+
+
+@dataclass(frozen=True, eq=False)
+class PanopticResult:
+    """A panoptic map with the measurements of its objects.
+
+    Attributes
+    ----------
+    panoptic : Panoptic
+    image : Volume or None
+    table : Table
+        A row for each object of the things.
+    in_pixels : bool
+        There is no scale: lengths are in pixels.
+    """
+
+    panoptic: Panoptic
+    image: Volume | None
+    table: Table
+    in_pixels: bool
+
+
+@dataclass(frozen=True)
+class SplitChoice:
+    """How objects are made of the things of a map of classes.
+
+    Attributes
+    ----------
+    method : a key of :data:`medseg.instances.split.SPLITTERS`
+    h_mm : depth of the valley between two objects; None for the method's own, and for components
+    """
+
+    method: str = "components"
+    h_mm: float | None = None
+
+    def config(self, unit: Unit) -> Config | None:
+        """Return the settings in the unit of an image, None for the method's own.
+
+        Raises
+        ------
+        ConfigError
+            There is no such method, or it has no depth.
+        """
+        if self.method not in SPLITTERS:
+            raise ConfigError(f"method {self.method!r} is unknown. Use one of {', '.join(SPLITTERS)}.")
+        if self.h_mm is None:
+            return None
+        if self.method == "components":
+            raise ConfigError("components have no depth. Leave out --h-mm, or take another method.")
+        return SPLITTERS[self.method][0].from_dict({"h": self.h_mm * _per_mm(unit)})
+
+
+def merge_files(
+    semantic: PathLike,
+    classes: PanopticLabels,
+    objects: PathLike | None = None,
+    image: PathLike | None = None,
+    pixel_size: str | None = None,
+    choice: SplitChoice | None = None,
+    min_stuff_mm3: float = 0.0,
+    min_thing_mm3: float = 0.0,
+) -> PanopticResult:
+    """Merge a map of classes with one of objects, or with the objects that its things are split into.
+
+    Parameters
+    ----------
+    semantic, objects, image : files on one grid
+    classes : what the values of `semantic` are
+    pixel_size : where the file does not tell it; ``pixel`` for none
+    choice : how things are split, where there is no map of objects
+    min_stuff_mm3, min_thing_mm3 : smaller classes of stuff and objects are dropped; mm2 for a picture
+
+    Raises
+    ------
+    GeometryError
+        The files lie on different grids.
+    LabelError
+        A value has no class, or a map is no label map.
+    """
+    volume = one_channel(read_measured(semantic, pixel_size), semantic)
+    flat = volume.shape[2] == 1
+    known = volume.array[0, ..., 0] if flat else volume.array[0]
+    size, voxel = volume.spacing[: known.ndim], _voxel(volume)
+    unit = volume.geometry.unit
+    scale = _per_mm(unit) ** known.ndim
+    chosen = choice or SplitChoice()
+    config = chosen.config(unit)
+    try:
+        if objects is None:
+            least = min_thing_mm3 * scale
+            known, numbered, small = split_things(known, classes, size, chosen.method, config, least)
+        else:
+            given = on_grid(one_channel(read(objects), objects), volume, objects, semantic)
+            numbered, small = (given.array[0, ..., 0] if flat else given.array[0]), ()
+        merged = merge_dense(known, numbered, classes, min_stuff_mm3 * scale, voxel, dropped=small)
+    except MedsegError as error:
+        raise type(error)(f"{Path(semantic).name}: {error}") from error
+    shown = None if image is None else on_grid(read(image), volume, image, semantic)
+    provenance = {
+        "medseg": __version__,
+        "semantic": str(semantic),
+        "objects": str(objects) if objects is not None else f"{chosen.method} of the things",
+    }
+    panoptic = panoptic_of(merged, volume, classes, provenance)
+    return _measured(panoptic, shown, pixel_size == PIXELS)
+
+
+def find_panoptic(
+    image: Volume,
+    model: ObjectModel,
+    diameter: float | None = None,
+    in_pixels: bool = False,
+    min_stuff_mm3: float = 0.0,
+) -> PanopticResult:
+    """Find things and stuff of an image with a network that knows both; parameters as for `count_objects`.
+
+    Raises
+    ------
+    ConfigError
+        The model finds objects only.
+    DataError
+        The image does not fit the model.
+    """
+    classes = model.classes
+    if not classes.stuff:
+        raise ConfigError(
+            f"{model.name}: finds objects, and no stuff around them. Use medseg count, or a bundle of medseg "
+            "train --task panoptic."
+        )
+    found = find_in(image, model, diameter, in_pixels)
+    scale = _per_mm(image.geometry.unit) ** found.labels.ndim
+    merged = merge_found(found, classes, min_stuff_mm3 * scale, _voxel(image))
+    provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
+    return _measured(panoptic_of(merged, image, classes, provenance), image, in_pixels)
+
+
+def one_channel(volume: Volume, path: PathLike) -> Volume:
+    """Return a volume of one channel.
+
+    Raises
+    ------
+    GeometryError
+        It has several.
+    """
+    if volume.channels != 1:
+        raise GeometryError(
+            f"{path}: has {volume.channels} channels; expected one label map. Take one channel."
+        )
+    return volume
+
+
+def on_grid(volume: Volume, grid: Volume, path: PathLike, name: PathLike) -> Volume:
+    """Return a volume that lies on a grid, with the grid's geometry.
+
+    Pictures have no position, and some of them no scale; they need the same shape.
+
+    Raises
+    ------
+    GeometryError
+        It lies on another one.
+    """
+    picture = any(FLAT_NOTE in note for each in (volume, grid) for note in each.notes)
+    if not (picture and volume.shape == grid.shape):
+        difference = grid_difference(grid.geometry, volume.geometry, Path(name).name)
+        if difference:
+            raise GeometryError(f"{path}: {difference}. Resample it onto that grid.")
+    return Volume(volume.array, grid.geometry, volume.notes)
+
+
+def _voxel(volume: Volume) -> float:
+    """Return the volume of a voxel, of a picture the area of a pixel."""
+    if volume.shape[2] == 1:
+        return float(volume.spacing[0] * volume.spacing[1])
+    return volume.geometry.voxel_volume
+
+
+def _per_mm(unit: Unit) -> float:
+    """Return how many units of the image are a millimetre."""
+    return 1000.0 if unit == "micron" else 1.0
+
+
+def _measured(panoptic: Panoptic, image: Volume | None, in_pixels: bool) -> PanopticResult:
+    table = measure_objects(panoptic.instances, image)
+    return PanopticResult(panoptic, image, in_pixel_units(table) if in_pixels else table, in_pixels)
+
+
+def write_panoptic(result: PanopticResult, folder: PathLike, name: str, source: PathLike) -> dict[str, Path]:
+    """Write maps, classes, table, picture and QC list as ``NAME_...``; return what was written."""
+    place, panoptic = Path(folder), result.panoptic
+    place.mkdir(parents=True, exist_ok=True)
+    suffix = suffix_of(Path(source))
+    ending = suffix if suffix in KEPT else ".tif"
+    files = {
+        "panoptic": place / f"{name}{PACKED}{ending}",
+        "semantic": place / f"{name}_semantic{ending}",
+        "instances": place / f"{name}_instances{ending}",
+        "classes": place / f"{name}_{CLASSES}",
+        "table": place / f"{name}_objects.csv",
+        "overlay": place / f"{name}_overlay.png",
+        "qc": place / f"{name}_qc.json",
+    }
+    semantic = panoptic.semantic
+    highest = max(panoptic.classes.labels.values(), default=0)
+    write(panoptic.packed(), files["panoptic"])
+    write(semantic.with_array(smallest(semantic.array, highest)), files["semantic"])
+    write_label_map(panoptic.instances, files["instances"])
+    write_text(files["classes"], json.dumps(panoptic.classes.to_dict(), indent=2) + "\n")
+    write_csv(result.table, files["table"])
+    write_panoptic_overlay(panoptic, result.image, files["overlay"], title=name)
+    write_qc(panoptic.instances, files["qc"])
+    return files
+
+
+def describe_panoptic(result: PanopticResult, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Return the numbers of a panoptic map as plain data."""
+    panoptic = result.panoptic
+    instances, classes = panoptic.instances, panoptic.classes
+    ndim = instances.ndim
+    unit = "px" if result.in_pixels else {"mm": "mm", "micron": "um"}[instances.unit]
+    voxel = 1.0 if result.in_pixels else _voxel(panoptic.semantic)
+    values = instances.classes
+    return {
+        "things": {name: int((values == classes.labels[name]).sum()) for name in classes.things},
+        "stuff": {name: voxels * voxel for name, voxels in panoptic.stuff_voxels().items()},
+        "stuff_unit": f"{unit}{ndim}",
+        "objects": len(instances),
+        "divisor": classes.divisor,
+        "dropped": [{"rule": d.rule, "count": d.count, "voxels": d.voxels} for d in instances.dropped],
+        "files": {kind: str(path) for kind, path in files.items()},
+    }
