@@ -20,10 +20,15 @@ def panoptic(
         typer.Argument(metavar="IMAGE", readable=False, help="For --model, and under the overlay."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="BUNDLE", help="Of medseg train --task panoptic: finds everything.")
+        str | None,
+        typer.Option(
+            metavar="BUNDLE",
+            help="Of medseg train --task panoptic: finds everything. With --semantic, any model of objects "
+            "(nuclei2d, a detector): finds the things.",
+        ),
     ] = None,
     semantic: Annotated[
-        Path | None, typer.Option(help="In place of a model: label map with the class of each voxel.")
+        Path | None, typer.Option(help="Label map with the class of each voxel, such as of medseg predict.")
     ] = None,
     instances: Annotated[
         Path | None,
@@ -59,13 +64,13 @@ def panoptic(
     threads: Annotated[int | None, typer.Option(min=1, help="All cores, if not given.")] = None,
     json: Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print the result as JSON.")] = False,
 ) -> None:
-    """Make one map of things (objects, counted) and stuff (areas): from a model, or from existing maps.
+    """Make one map of things (objects, counted) and stuff (areas): from a model, from existing maps, or both.
 
     Writes NAME_panoptic (class * divisor + object), NAME_semantic, NAME_instances, NAME_classes.json,
     NAME_objects.csv, NAME_overlay.png, and NAME_qc.json with everything that was dropped.
     """
     from medseg.files import check_writable
-    from medseg.instances.panoptic_files import SplitChoice, describe_panoptic, merge_files, write_panoptic
+    from medseg.instances.panoptic_files import describe_panoptic, write_panoptic
     from medseg.io.formats import stem_of
 
     given = {
@@ -79,13 +84,13 @@ def panoptic(
     _check(image, model, semantic, given, diameter)
     check_writable(out, folder=True)
     if semantic is None:
-        assert image is not None and model is not None  # checked
         result = _find(image, model, diameter, pixel_size, min_stuff_mm3, threads)
     else:
-        choice = SplitChoice(split or "components", h_mm)
         known = _classes(semantic, classes, things)
-        result = merge_files(
-            semantic, known, instances, image, pixel_size, choice, min_stuff_mm3, min_thing_mm3
+        result = (
+            _merge(semantic, known, instances, image, pixel_size, split, h_mm, min_stuff_mm3, min_thing_mm3)
+            if model is None
+            else _add(semantic, known, image, model, diameter, pixel_size, min_stuff_mm3, threads)
         )
     source = semantic if semantic is not None else image
     assert source is not None  # one of the two was given
@@ -105,24 +110,30 @@ def _check(
     """Refuse options that have no sense together."""
     from medseg.errors import ConfigError
 
-    if (model is None) == (semantic is None):
-        raise ConfigError("what makes the map? Give either --model BUNDLE or --semantic LABEL_MAP.")
-    if model is not None:
-        if image is None:
-            raise ConfigError("--model needs an image. Give its path as the first argument.")
-        wrong = next((name for name, value in given.items() if value), None)
-        if wrong:
-            raise ConfigError(f"{wrong} belongs to --semantic, and the model knows by itself. Leave it out.")
-        return
-    if diameter is not None:
+    named = [name for name, value in given.items() if value is not None]
+    if model is None and semantic is None:
+        raise ConfigError("what makes the map? Give --model BUNDLE, --semantic LABEL_MAP, or both.")
+    if model is not None and image is None:
+        raise ConfigError("--model needs an image. Give its path as the first argument.")
+    if model is None and diameter is not None:
         raise ConfigError("--diameter is for --model. Leave it out.")
+    if semantic is None:
+        wrong = named[0] if named else None
+        if wrong:
+            raise ConfigError(f"{wrong} belongs to --semantic. Add that, or leave it out.")
+        return
     if (given["--classes"] is None) == (given["--things"] is None):
         raise ConfigError(
             "which classes are things? Give either --classes FILE (labels and things), or --things NAME."
         )
-    wrong = next((name for name in ("--split", "--h-mm", "--min-thing-mm3") if given[name] is not None), None)
-    if wrong and given["--instances"] is not None:
-        raise ConfigError(f"{wrong} is for things that are split, and --instances has them. Leave out one.")
+    split = [name for name in named if name in ("--split", "--h-mm", "--min-thing-mm3")]
+    if split and given["--instances"] is not None:
+        raise ConfigError(
+            f"{split[0]} is for things that are split, and --instances has them. Leave out one."
+        )
+    if model is not None and (split or given["--instances"] is not None):
+        wrong = split[0] if split else "--instances"
+        raise ConfigError(f"{wrong} and --model: both make objects. Leave out one.")
 
 
 def _classes(semantic: Path, classes: Path | None, things: list[str] | None) -> "PanopticLabels":
@@ -141,8 +152,8 @@ def _classes(semantic: Path, classes: Path | None, things: list[str] | None) -> 
 
 
 def _find(
-    image: Path,
-    model: str,
+    image: Path | None,
+    model: str | None,
     diameter: float | None,
     pixel_size: str | None,
     min_stuff_mm3: float,
@@ -152,9 +163,49 @@ def _find(
     from medseg.instances.models import load_object_model
     from medseg.instances.panoptic_files import find_panoptic
 
+    assert image is not None and model is not None  # checked
     volume = read_measured(image, pixel_size)
     finder = load_object_model(model, threads=threads)
     return find_panoptic(volume, finder, diameter, pixel_size == PIXELS, min_stuff_mm3)
+
+
+def _merge(
+    semantic: Path,
+    classes: "PanopticLabels",
+    instances: Path | None,
+    image: Path | None,
+    pixel_size: str | None,
+    split: str | None,
+    h_mm: float | None,
+    min_stuff_mm3: float,
+    min_thing_mm3: float,
+) -> "PanopticResult":
+    from medseg.instances.panoptic_files import SplitChoice, merge_files
+
+    choice = SplitChoice(split or "components", h_mm)
+    return merge_files(semantic, classes, instances, image, pixel_size, choice, min_stuff_mm3, min_thing_mm3)
+
+
+def _add(
+    semantic: Path,
+    classes: "PanopticLabels",
+    image: Path | None,
+    model: str,
+    diameter: float | None,
+    pixel_size: str | None,
+    min_stuff_mm3: float,
+    threads: int | None,
+) -> "PanopticResult":
+    from medseg.bundle import load_bundle
+    from medseg.instances.detect import Detector
+    from medseg.instances.models import find_model, open_object_model
+    from medseg.instances.panoptic_files import add_things
+
+    assert image is not None  # checked
+    bundle = load_bundle(find_model(model))
+    detects = bundle.settings.detection is not None
+    finder = Detector(bundle) if detects else open_object_model(bundle, model, threads=threads)
+    return add_things(semantic, classes, image, finder, diameter, pixel_size, min_stuff_mm3)
 
 
 def _readable(facts: dict[str, Any], out: Path) -> str:

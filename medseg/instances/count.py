@@ -130,7 +130,7 @@ def count_objects(
     found = find_in(image, model, diameter, in_pixels)
     labels = image.with_array(found.labels.reshape(1, *image.shape))
     provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
-    names = {1: "nucleus"} if model.name in MODELS else model.classes.names
+    names = model.classes.names
     instances = instances_of(labels, found.classes, found.scores, names, found.dropped, provenance)
     table = measure_objects(instances, image, regions, config=config)
     areas = None if regions is None else measure_regions(instances, regions)

@@ -54,6 +54,8 @@ class ObjectModel:
     @property
     def classes(self) -> PanopticLabels:
         """The classes that it tells apart, things and stuff; one thing, where it finds objects alone."""
+        if self.name in MODELS:
+            return PanopticLabels(labels={"nucleus": 1}, things=("nucleus",))
         named = {name: v for name, v in self.bundle.labels.foreground.items() if isinstance(v, int)}
         things = tuple(name for name, value in named.items() if value in self.settings.things)
         return PanopticLabels.from_dict({"labels": named, "things": things}, self.name)

@@ -86,6 +86,21 @@ class ObjectMask:
         return tuple(slice(a, a + n) for a, n in zip(self.low, self.mask.shape, strict=True))
 
 
+def mask_of(voxels: IntArray, shape: tuple[int, ...], value: int, score: float) -> ObjectMask:
+    """Return the mask of an object whose voxels are given by their linear index in an image of `shape`.
+
+    >>> mask_of(np.array([5, 9]), (3, 4), 2, 0.9).low
+    (1, 1)
+    """
+    if not voxels.size:
+        return ObjectMask((0,) * len(shape), np.zeros((1,) * len(shape), bool), value, score)
+    places = np.stack(np.unravel_index(voxels, shape))
+    low = places.min(axis=1)
+    mask = np.zeros(places.max(axis=1) - low + 1, bool)
+    mask[tuple(places - low[:, None])] = True
+    return ObjectMask(tuple(int(v) for v in low), mask, value, score)
+
+
 def merge_dense(
     semantic: Array,
     objects: Array,
@@ -188,7 +203,7 @@ def merge_masks(
     >>> merged.labels.tolist(), merged.dropped[0].rule
     ([0, 1, 1, 1, 0, 0], 'mostly hidden by objects of higher score')
     """
-    known = _known(semantic, classes)
+    known = known_classes(semantic, classes)
     labels = np.zeros(known.shape, np.int32)
     lost: dict[str, list[int]] = {}
     order: list[int] = []
@@ -246,7 +261,7 @@ def split_things(
     objects : int32
     dropped : what was too small
     """
-    known = _known(semantic, classes)
+    known = known_classes(semantic, classes)
     thing = np.isin(known, classes.thing_values)
     found = split(np.where(thing, known, 0).astype(np.int32), spacing, method, config, min_volume, threads)
     return np.where(thing & (found.labels == 0), 0, known), found.labels, found.dropped
@@ -271,8 +286,14 @@ def _refusal(mask: ObjectMask, size: int, free: int, least_score: float, most_hi
     return HIDDEN if size - free > most_hidden * size else ""
 
 
-def _known(semantic: Array, classes: PanopticLabels) -> IntArray:
-    """Return a map of classes as int32; refuse values that have none."""
+def known_classes(semantic: Array, classes: PanopticLabels) -> IntArray:
+    """Return a map of classes as int32.
+
+    Raises
+    ------
+    LabelError
+        It holds a value that is no class, or is no label map.
+    """
     whole = whole_labels(semantic)
     found = _values(whole)
     unknown = found[~np.isin(found, [0, *classes.labels.values()])]
@@ -298,7 +319,7 @@ def _checked(semantic: Array, objects: Array, classes: PanopticLabels) -> tuple[
             f"semantic map {semantic.shape} and objects {objects.shape}: expected one shape. Resample one "
             "onto the grid of the other."
         )
-    known = _known(semantic, classes)
+    known = known_classes(semantic, classes)
     numbered, ids = contiguous_labels(objects[None])
     return known, numbered[0], ids
 

@@ -1,10 +1,13 @@
 """From files to a panoptic map, and from it to a folder of results: what ``medseg panoptic`` does."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from medseg import __version__
 from medseg.config import Config
@@ -14,7 +17,15 @@ from medseg.instances.count import KEPT, PIXELS, find_in, in_pixel_units, read_m
 from medseg.instances.export import write_csv, write_panoptic_overlay, write_qc
 from medseg.instances.export.label_map import smallest, write_label_map
 from medseg.instances.models import ObjectModel
-from medseg.instances.panoptic import Panoptic, merge_dense, merge_found, panoptic_of, split_things
+from medseg.instances.panoptic import (
+    Panoptic,
+    known_classes,
+    merge_dense,
+    merge_found,
+    merge_masks,
+    panoptic_of,
+    split_things,
+)
 from medseg.instances.split import SPLITTERS
 from medseg.instances.table import Table, measure_objects
 from medseg.io import read, write
@@ -22,8 +33,11 @@ from medseg.io.formats import suffix_of
 from medseg.io.grids import FLAT_NOTE, grid_difference
 from medseg.labels import PanopticLabels
 from medseg.metrics.panoptic_maps import CLASSES, PACKED
-from medseg.types import PathLike
+from medseg.types import Array, PathLike
 from medseg.volume import Unit, Volume
+
+if TYPE_CHECKING:
+    from medseg.instances.detect import Detector
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,25 +117,18 @@ def merge_files(
     LabelError
         A value has no class, or a map is no label map.
     """
-    volume = one_channel(read_measured(semantic, pixel_size), semantic)
-    flat = volume.shape[2] == 1
-    known = volume.array[0, ..., 0] if flat else volume.array[0]
-    size, voxel = volume.spacing[: known.ndim], _voxel(volume)
-    unit = volume.geometry.unit
-    scale = _per_mm(unit) ** known.ndim
-    chosen = choice or SplitChoice()
-    config = chosen.config(unit)
-    try:
+    volume = _read_map(semantic, pixel_size)
+    known, scale, chosen = _plane(volume), _scale(volume), choice or SplitChoice()
+    config, least = chosen.config(volume.geometry.unit), min_thing_mm3 * scale
+    with _named(semantic):
         if objects is None:
-            least = min_thing_mm3 * scale
+            size = volume.spacing[: known.ndim]
             known, numbered, small = split_things(known, classes, size, chosen.method, config, least)
         else:
-            given = on_grid(one_channel(read(objects), objects), volume, objects, semantic)
-            numbered, small = (given.array[0, ..., 0] if flat else given.array[0]), ()
-        merged = merge_dense(known, numbered, classes, min_stuff_mm3 * scale, voxel, dropped=small)
-    except MedsegError as error:
-        raise type(error)(f"{Path(semantic).name}: {error}") from error
-    shown = None if image is None else on_grid(read(image), volume, image, semantic)
+            given = _on_grid(_one_channel(read(objects), objects), volume, objects, semantic)
+            numbered, small = _plane(given), ()
+        merged = merge_dense(known, numbered, classes, min_stuff_mm3 * scale, _voxel(volume), dropped=small)
+    shown = None if image is None else _on_grid(read(image), volume, image, semantic)
     provenance = {
         "medseg": __version__,
         "semantic": str(semantic),
@@ -129,6 +136,48 @@ def merge_files(
     }
     panoptic = panoptic_of(merged, volume, classes, provenance)
     return _measured(panoptic, shown, pixel_size == PIXELS)
+
+
+def add_things(
+    semantic: PathLike,
+    classes: PanopticLabels,
+    image: PathLike,
+    model: "ObjectModel | Detector",
+    diameter: float | None = None,
+    pixel_size: str | None = None,
+    min_stuff_mm3: float = 0.0,
+) -> PanopticResult:
+    """Put the objects that a model finds in an image over a map of classes.
+
+    The masks of a detector are merged by their scores. The model's classes are matched by name.
+
+    Raises
+    ------
+    ConfigError
+        The model finds something that is no thing of `classes`.
+    GeometryError
+        Image and map lie on different grids.
+    """
+    volume = _read_map(semantic, pixel_size)
+    shown = _on_grid(read(image), volume, image, semantic)
+    least, voxel, in_pixels = min_stuff_mm3 * _scale(volume), _voxel(volume), pixel_size == PIXELS
+    provenance = {"medseg": __version__, "semantic": str(semantic)}
+    if isinstance(model, ObjectModel):
+        values = _values_by_name(model.classes.names, classes)
+        found = find_in(shown, model, diameter, in_pixels)
+        with _named(semantic):
+            areas = known_classes(_plane(volume), classes)
+        own = np.array([values[int(value)] for value in found.classes], np.int64)
+        merged = merge_found(replace(found, classes=own, areas=areas), classes, least, voxel)
+        provenance["model"] = model.name
+    else:
+        named = {value: name for name, value in model.bundle.labels.foreground.items()}
+        values = _values_by_name(named, classes)
+        masks = [replace(mask, value=values[mask.value]) for mask in model.masks(shown)]
+        with _named(semantic):
+            merged = merge_masks(masks, volume.array[0], classes, model.score, min_stuff=least, voxel=voxel)
+        provenance["model"] = str(model.bundle)
+    return _measured(panoptic_of(merged, volume, classes, provenance), shown, in_pixels)
 
 
 def find_panoptic(
@@ -154,20 +203,48 @@ def find_panoptic(
             "train --task panoptic."
         )
     found = find_in(image, model, diameter, in_pixels)
-    scale = _per_mm(image.geometry.unit) ** found.labels.ndim
-    merged = merge_found(found, classes, min_stuff_mm3 * scale, _voxel(image))
+    merged = merge_found(found, classes, min_stuff_mm3 * _scale(image), _voxel(image))
     provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
     return _measured(panoptic_of(merged, image, classes, provenance), image, in_pixels)
 
 
-def one_channel(volume: Volume, path: PathLike) -> Volume:
-    """Return a volume of one channel.
+def _values_by_name(names: Mapping[Any, str], classes: PanopticLabels) -> dict[int, int]:
+    """Return the value in `classes` of each class of a model."""
+    strange = sorted(set(names.values()) - set(classes.things))
+    if strange:
+        raise ConfigError(
+            f"the model finds {strange[0]!r}, which is no thing ({', '.join(classes.things) or 'none is'}). "
+            "Add it to 'labels' and 'things' of the classes."
+        )
+    return {int(value): classes.labels[name] for value, name in names.items()}
 
-    Raises
-    ------
-    GeometryError
-        It has several.
-    """
+
+@contextmanager
+def _named(path: PathLike) -> Iterator[None]:
+    """Say in an error which file it is about, unless it does."""
+    try:
+        yield
+    except MedsegError as error:
+        if Path(path).name in str(error):
+            raise
+        raise type(error)(f"{Path(path).name}: {error}") from error
+
+
+def _read_map(path: PathLike, pixel_size: str | None) -> Volume:
+    return _one_channel(read_measured(path, pixel_size), path)
+
+
+def _plane(volume: Volume) -> Array:
+    """Return the voxels of a label map, two axes for a picture."""
+    return np.asarray(volume.array[0, ..., 0] if volume.shape[2] == 1 else volume.array[0])
+
+
+def _scale(volume: Volume) -> float:
+    """Return how many units of the image's volumes (of a picture: areas) are one of millimetres."""
+    return _per_mm(volume.geometry.unit) ** (2 if volume.shape[2] == 1 else 3)
+
+
+def _one_channel(volume: Volume, path: PathLike) -> Volume:
     if volume.channels != 1:
         raise GeometryError(
             f"{path}: has {volume.channels} channels; expected one label map. Take one channel."
@@ -175,15 +252,10 @@ def one_channel(volume: Volume, path: PathLike) -> Volume:
     return volume
 
 
-def on_grid(volume: Volume, grid: Volume, path: PathLike, name: PathLike) -> Volume:
+def _on_grid(volume: Volume, grid: Volume, path: PathLike, name: PathLike) -> Volume:
     """Return a volume that lies on a grid, with the grid's geometry.
 
     Pictures have no position, and some of them no scale; they need the same shape.
-
-    Raises
-    ------
-    GeometryError
-        It lies on another one.
     """
     picture = any(FLAT_NOTE in note for each in (volume, grid) for note in each.notes)
     if not (picture and volume.shape == grid.shape):

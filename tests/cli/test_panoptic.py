@@ -197,9 +197,13 @@ def test_options_that_have_no_sense_together_are_refused(inputs: dict[str, Path]
     semantic, out = ["--semantic", inputs["semantic"]], ["-o", inputs["out"]]
     classes = ["--classes", inputs["classes"]]
     for words, message in (
-        ([*out], "Give either --model BUNDLE or --semantic"),
-        ([*semantic, "--model", "x", *out], "Give either --model BUNDLE or --semantic"),
+        ([*out], "Give --model BUNDLE, --semantic LABEL_MAP, or both"),
         (["--model", "x", *out], "--model needs an image"),
+        ([*semantic, *classes, "--model", "x", *out], "--model needs an image"),
+        (
+            [inputs["image"], *semantic, *classes, "--model", "x", "--split", "basins", *out],
+            "--split and --model: both make objects",
+        ),
         ([inputs["image"], "--model", "x", "--split", "basins", *out], "--split belongs to --semantic"),
         ([*semantic, *out], "which classes are things?"),
         ([*semantic, *classes, "--diameter", "4", *out], "--diameter is for --model"),
@@ -218,6 +222,25 @@ def test_options_that_have_no_sense_together_are_refused(inputs: dict[str, Path]
 def test_a_model_of_objects_alone_is_no_panoptic_model(inputs: dict[str, Path]) -> None:
     found = run(inputs["image"], "--model", "nuclei3d", "-o", inputs["out"]).exception
     assert isinstance(found, ConfigError) and "no stuff around them. Use medseg count" in str(found)
+
+
+def test_nuclei_of_the_model_of_the_package_lie_in_tissue(tmp_path: Path) -> None:
+    rows, columns = np.indices((110, 120))
+    middles = [(20, 20), (20, 60), (50, 34), (58, 90), (84, 16), (86, 60)]
+    discs = np.max([np.hypot(rows - i, columns - j) < 8 for i, j in middles], axis=0)
+    noise = np.random.default_rng(0).normal(25, 5, discs.shape)
+    image = saved(tmp_path / "image.tif", (noise + 150 * discs).clip(0, 255).astype(np.uint8), 0.5, "micron")
+    tissue = saved(tmp_path / "tissue.tif", np.where(columns < 50, 1, 2).astype(np.uint8), 0.5, "micron")
+    classes = tmp_path / "classes.yaml"
+    classes.write_text("labels: {tumour: 1, stroma: 2, nucleus: 3}\nthings: [nucleus]\n")
+    words = [image, "--model", "nuclei2d", "--semantic", tissue, "-o", tmp_path / "out", "--diameter", 8]
+    facts = facts_of(*words, "--classes", classes)
+    assert facts["things"] == {"nucleus": 6} and set(facts["stuff"]) == {"tumour", "stroma"}
+    packed = read(facts["files"]["panoptic"]).array
+    assert set(np.unique(packed)) == {1000, 2000, *range(3001, 3007)}
+    classes.write_text("labels: {tumour: 1, stroma: 2}\nthings: []\n")
+    error = run(*words, "--classes", classes).exception
+    assert isinstance(error, ConfigError) and "finds 'nucleus', which is no thing (none is)" in str(error)
 
 
 def test_real_lesions_are_things_in_real_brains(data_dir: Path, tmp_path: Path) -> None:
