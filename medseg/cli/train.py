@@ -185,7 +185,7 @@ def _find_all(
     json: bool,
 ) -> None:
     """Train a network for things and stuff: that of objects, on a data set that has maps of classes."""
-    from medseg.train.panoptic_cases import require_semantic_maps
+    from medseg.io.semantic import require_semantic_maps
 
     require_semantic_maps(dataset)
     _find_objects(dataset, out, chosen, limits, dry_run, json)

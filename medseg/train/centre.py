@@ -23,6 +23,7 @@ from medseg.errors import ConfigError, DatasetError, TrainingError
 from medseg.files import check_writable, write_text
 from medseg.instances.centre_model import CentreSettings
 from medseg.io import Case, Dataset, open_dataset, read_image, read_label
+from medseg.io.semantic import SemanticMaps, find_semantic_maps
 from medseg.labels import LabelSet, PanopticLabels
 from medseg.metrics.report import HtmlReport, curves
 from medseg.nets.centre_heads import CentreHeads, build_centre_network
@@ -34,7 +35,6 @@ from medseg.train.centre_config import CentreConfig, load_centre
 from medseg.train.centre_losses import centre_loss, count_overlap
 from medseg.train.centre_measure import Measured, measure_objects
 from medseg.train.centre_samples import CentreCase, CentreSampler, make_case, median_diameter
-from medseg.train.panoptic_cases import SemanticMaps, find_semantic_maps
 from medseg.train.processes import claimed, launch
 from medseg.train.samples import PatchSource
 from medseg.train.setup import Fold
@@ -131,7 +131,7 @@ def decide_centre(
     if config.synthetic is not None:
         train = ()
     else:
-        semantic = find_semantic_maps(dataset)
+        semantic = find_semantic_maps(dataset.root)
     given = None if pretrained is None else Path(pretrained)
     return CentreSetup(dataset, config, fold, train, held_out, Path(out), given, semantic)
 
@@ -176,7 +176,7 @@ def train_centre(
     ----------
     dataset : Dataset or folder
         Label maps hold the number of each object, 0 = background. Where there are maps of classes besides
-        (:mod:`medseg.train.panoptic_cases`), the network learns things and stuff.
+        (:mod:`medseg.io.semantic`), the network learns things and stuff.
     out : run folder
     fold : 0 to 4, or "all"; the splits are those of ``medseg train``, unless the recipe holds cases out
     max_minutes : training and measuring end in about this time, the learning rate annealed

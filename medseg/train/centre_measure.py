@@ -11,11 +11,11 @@ from medseg.bundle import Bundle
 from medseg.instances.models import open_object_model
 from medseg.instances.panoptic import merge_found
 from medseg.io import Case
+from medseg.io.semantic import SemanticMaps
 from medseg.metrics.matching import match_objects
 from medseg.metrics.overlap_table import overlap_table
 from medseg.metrics.panoptic import PanopticClasses
 from medseg.metrics.panoptic_maps import PanopticMap, compare_panoptic, describe_quality
-from medseg.train.panoptic_cases import SemanticMaps
 from medseg.types import IntArray
 
 THRESHOLDS = (0.5, 0.7)

@@ -14,13 +14,13 @@ from medseg.errors import DataError, DatasetError
 from medseg.instances.count import count_objects
 from medseg.instances.models import load_object_model
 from medseg.io import open_dataset, read, write
+from medseg.io.semantic import find_semantic_maps
 from medseg.metrics.panoptic_maps import evaluate_panoptic
 from medseg.nets.centre_heads import CentreHeads
 from medseg.train.centre import OBJECTS, decide_centre, open_objects, train_centre
 from medseg.train.centre_config import CentreConfig, CentreLoss
 from medseg.train.centre_losses import count_overlap, loss_terms
 from medseg.train.centre_samples import CentreSampler, make_case, make_goal
-from medseg.train.panoptic_cases import find_semantic_maps
 from medseg.volume import Geometry, Volume
 from tests.phantoms import affine
 
@@ -184,7 +184,7 @@ def test_maps_that_contradict_the_objects_are_named(tmp_path: Path) -> None:
 
     def refused(array: np.ndarray, message: str) -> None:
         write(semantic.with_array(array), dataset / "semantic" / "case_0.nii.gz")
-        maps = find_semantic_maps(open_dataset(dataset, OBJECTS))
+        maps = find_semantic_maps(dataset)
         assert maps is not None
         case = open_dataset(dataset, OBJECTS).training[0]
         with pytest.raises(DatasetError, match=message):
@@ -194,7 +194,7 @@ def test_maps_that_contradict_the_objects_are_named(tmp_path: Path) -> None:
     refused(np.where(semantic.array == 0, 2, semantic.array), "voxels of things have no object")
     refused(np.where(semantic.array == 0, 8, semantic.array), "holds 8, which is no class")
     (dataset / "semantic" / "case_0.nii.gz").unlink()
-    maps = find_semantic_maps(open_dataset(dataset, OBJECTS))
+    maps = find_semantic_maps(dataset)
     assert maps is not None
     case = open_dataset(dataset, OBJECTS).training[0]
     with pytest.raises(DatasetError, match="has no map in semantic/"):
@@ -211,10 +211,10 @@ def test_a_description_without_things_is_refused(tmp_path: Path) -> None:
     ):
         file.write_text(json.dumps(text))
         with pytest.raises(DataError, match=message):
-            find_semantic_maps(open_dataset(dataset, OBJECTS))
+            find_semantic_maps(dataset)
     file.unlink()
     with pytest.raises(DatasetError, match=r"no dataset\.json"):
-        find_semantic_maps(open_dataset(dataset, OBJECTS))
+        find_semantic_maps(dataset)
 
 
 @pytest.mark.parametrize("hard_share", [1.0, 0.2])

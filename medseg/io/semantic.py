@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from medseg.errors import ConfigError, DatasetError
-from medseg.io import Case, Dataset, read_label
+from medseg.io.dataset import read_label
 from medseg.io.formats import is_image, stem_of
-from medseg.io.layouts import DESCRIPTIONS
+from medseg.io.layouts import DESCRIPTIONS, Case
 from medseg.labels import PanopticLabels, read_panoptic_labels
 from medseg.types import IntArray, PathLike
 
@@ -81,18 +81,21 @@ class SemanticMaps:
                 )
 
 
-def find_semantic_maps(dataset: Dataset) -> SemanticMaps | None:
+def find_semantic_maps(root: PathLike) -> SemanticMaps | None:
     """Return the maps of classes of a data set, None where it has no folder of them.
 
     Raises
     ------
     DatasetError
-        No description says which classes are things, or values have gaps.
+        No description says which classes are things.
+    LabelError
+        Values have gaps.
     """
-    folder = dataset.root / FOLDER
+    root = Path(root)
+    folder = root / FOLDER
     if not folder.is_dir():
         return None
-    description = next((p for name in DESCRIPTIONS if (p := dataset.root / name).is_file()), None)
+    description = next((p for name in DESCRIPTIONS if (p := root / name).is_file()), None)
     if description is None:
         raise DatasetError(
             f"{folder}: no dataset.json says what its values are. Write labels and things into one beside it."
