@@ -361,7 +361,9 @@ def _filled(
         area = result == value
         size = int(np.count_nonzero(area))
         if 0 < size < least_voxels:
-            lost.append(Dropped(f"area of {classes.names[value]} below the smallest", 0, size))
+            lost.append(
+                Dropped(f"stuff {classes.names[value]} of less than {least_voxels:g} voxels", 0, size)
+            )
             result[area] = 0
     return Merged(result, labels, values.astype(np.int64), scores, sources, tuple(lost))
 

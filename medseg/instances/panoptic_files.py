@@ -1,6 +1,6 @@
 """From files to a panoptic map, and from it to a folder of results: what ``medseg panoptic`` does."""
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ import numpy as np
 from medseg import __version__
 from medseg.config import Config
 from medseg.errors import ConfigError, GeometryError, MedsegError
-from medseg.files import write_text
+from medseg.files import scratch_folder
 from medseg.instances.count import KEPT, PIXELS, find_in, in_pixel_units, read_measured
 from medseg.instances.export import write_csv, write_panoptic_overlay, write_qc
 from medseg.instances.export.label_map import smallest, write_label_map
@@ -285,28 +285,32 @@ def _measured(panoptic: Panoptic, image: Volume | None, in_pixels: bool) -> Pano
 def write_panoptic(result: PanopticResult, folder: PathLike, name: str, source: PathLike) -> dict[str, Path]:
     """Write maps, classes, table, picture and QC list as ``NAME_...``; return what was written."""
     place, panoptic = Path(folder), result.panoptic
-    place.mkdir(parents=True, exist_ok=True)
     suffix = suffix_of(Path(source))
     ending = suffix if suffix in KEPT else ".tif"
-    files = {
-        "panoptic": place / f"{name}{PACKED}{ending}",
-        "semantic": place / f"{name}_semantic{ending}",
-        "instances": place / f"{name}_instances{ending}",
-        "classes": place / f"{name}_{CLASSES}",
-        "table": place / f"{name}_objects.csv",
-        "overlay": place / f"{name}_overlay.png",
-        "qc": place / f"{name}_qc.json",
+    names = {
+        "panoptic": f"{name}{PACKED}{ending}",
+        "semantic": f"{name}_semantic{ending}",
+        "instances": f"{name}_instances{ending}",
+        "classes": f"{name}_{CLASSES}",
+        "table": f"{name}_objects.csv",
+        "overlay": f"{name}_overlay.png",
+        "qc": f"{name}_qc.json",
     }
-    semantic = panoptic.semantic
-    highest = max(panoptic.classes.labels.values(), default=0)
-    write(panoptic.packed(), files["panoptic"])
-    write(semantic.with_array(smallest(semantic.array, highest)), files["semantic"])
-    write_label_map(panoptic.instances, files["instances"])
-    write_text(files["classes"], json.dumps(panoptic.classes.to_dict(), indent=2) + "\n")
-    write_csv(result.table, files["table"])
-    write_panoptic_overlay(panoptic, result.image, files["overlay"], title=name)
-    write_qc(panoptic.instances, files["qc"])
-    return files
+    place.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(place / name) as scratch:  # either all of them appear, or none
+        files = {kind: scratch / file for kind, file in names.items()}
+        semantic = panoptic.semantic
+        highest = max(panoptic.classes.labels.values(), default=0)
+        write(panoptic.packed(), files["panoptic"])
+        write(semantic.with_array(smallest(semantic.array, highest)), files["semantic"])
+        write_label_map(panoptic.instances, files["instances"])
+        panoptic.classes.save(files["classes"])
+        write_csv(result.table, files["table"])
+        write_panoptic_overlay(panoptic, result.image, files["overlay"], title=name)
+        write_qc(panoptic.instances, files["qc"])
+        for file in names.values():
+            os.replace(scratch / file, place / file)
+    return {kind: place / file for kind, file in names.items()}
 
 
 def describe_panoptic(result: PanopticResult, files: Mapping[str, Path]) -> dict[str, Any]:

@@ -214,14 +214,16 @@ def read_panoptic_map(source: PanopticSource, name: str) -> PanopticMap:
 
     Raises
     ------
-    ConfigError, LabelError, ReadError, GeometryError
+    ConfigError, DatasetError, LabelError, ReadError, GeometryError
         Its classes or its maps cannot be read, or do not fit each other.
     """
     classes = read_panoptic_labels(source.classes)
     if source.packed is not None:
         volume = load_label_map(source.packed, name)
         return PanopticMap(*classes.unpack(volume.array[0]), classes, volume)
-    assert source.semantic is not None and source.objects is not None  # one of the two kinds
+    assert source.semantic is not None  # one of the two kinds
+    if source.objects is None:
+        raise DatasetError(f"{name}: has a map of classes and none of objects in labels/. Add it.")
     semantic = load_label_map(source.semantic, name)
     objects = load_label_map(source.objects, name)
     _check_same_grid(name, semantic, objects, "the semantic map")
@@ -322,9 +324,7 @@ def _find_in_dataset(path: Path) -> dict[str, PanopticSource]:
         raise DatasetError(f"{path}: no dataset.json with labels and things. Add it.")
     semantic, objects = find_cases(path / SEMANTIC), find_cases(folder)
     return {
-        name: PanopticSource(description, None, file, objects[name])
-        for name, file in semantic.items()
-        if name in objects
+        name: PanopticSource(description, None, file, objects.get(name)) for name, file in semantic.items()
     }
 
 

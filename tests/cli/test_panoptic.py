@@ -103,7 +103,7 @@ def test_things_are_split_where_no_objects_are_given(inputs: dict[str, Path]) ->
     assert facts["things"] == {"lesion": 1} and list(facts["stuff"]) == ["liver"]
     assert facts["dropped"] == [
         {"rule": "smaller than 160", "count": 1, "voxels": 18},
-        {"rule": "area of spleen below the smallest", "count": 0, "voxels": 4},
+        {"rule": "stuff spleen of less than 5 voxels", "count": 0, "voxels": 4},
     ]
     shown = run(*given(inputs, "--split", "basins", "--h-mm", "0.5"))
     assert shown.exit_code == 0 and "lesion" in shown.stdout and "liver: " in shown.stdout

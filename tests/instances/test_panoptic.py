@@ -89,7 +89,7 @@ def test_small_stuff_dissolves_by_its_physical_size_and_is_listed() -> None:
     semantic = np.array([[1, 1, 1, 2, 2, 9]])
     merged = merge_dense(semantic, np.zeros((1, 6), int), CLASSES, min_stuff=5.0, voxel=2.0)
     assert merged.semantic.tolist() == [[1, 1, 1, 0, 0, 9]], "what is void stays void"
-    assert merged.dropped == (Dropped("area of spleen below the smallest", 0, 2),)
+    assert merged.dropped == (Dropped("stuff spleen of less than 2.5 voxels", 0, 2),)
     kept = merge_dense(semantic, np.zeros((1, 6), int), CLASSES, min_stuff=4.0, voxel=2.0)
     assert not kept.dropped
 

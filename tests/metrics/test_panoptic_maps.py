@@ -183,6 +183,9 @@ def test_what_is_no_panoptic_map_is_refused(tmp_path: Path) -> None:
     write_map(known / "semantic" / "case_0.nii.gz", np.full((3, 3, 3), 6))
     with pytest.raises(DataError, match="semantic map holds 6, which is no class"):
         read_panoptic_map(find_panoptic_maps(known)["case_0"], "case_0")
+    (known / "labels" / "case_1.nii.gz").unlink()
+    with pytest.raises(DatasetError, match="none of objects in labels/"):
+        read_panoptic_map(find_panoptic_maps(known)["case_1"], "case_1")
     (predicted / "case_1_classes.json").unlink()
     with pytest.raises(DatasetError, match=r"neither case_1_classes\.json nor classes\.json"):
         find_panoptic_maps(predicted)
