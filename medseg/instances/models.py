@@ -170,6 +170,8 @@ def open_object_model(
     BundleError
         It does not find objects.
     """
+    if bundle.settings.detection is not None:
+        raise BundleError(f"{name}: is a detector. Use it with medseg panoptic and --semantic.")
     if bundle.task != "centre-offset":
         raise BundleError(f"{name}: labels voxels, and does not find objects. Use medseg predict.")
     settings = CentreSettings.from_dict(dict(bundle.card["settings"]), f"{name}, settings")

@@ -1,7 +1,7 @@
 """From files to a panoptic map, and from it to a folder of results: what ``medseg panoptic`` does."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,23 +160,22 @@ def add_things(
     """
     volume = _read_map(semantic, pixel_size)
     shown = _on_grid(read(image), volume, image, semantic)
+    with _named(semantic):
+        areas = known_classes(volume.array[0], classes)
     least, voxel, in_pixels = min_stuff_mm3 * _scale(volume), _voxel(volume), pixel_size == PIXELS
-    provenance = {"medseg": __version__, "semantic": str(semantic)}
     if isinstance(model, ObjectModel):
-        values = _values_by_name(model.classes.names, classes)
+        values = _values_by_name(model.classes.things, model.classes.labels, classes)
         found = find_in(shown, model, diameter, in_pixels)
-        with _named(semantic):
-            areas = known_classes(_plane(volume), classes)
         own = np.array([values[int(value)] for value in found.classes], np.int64)
-        merged = merge_found(replace(found, classes=own, areas=areas), classes, least, voxel)
-        provenance["model"] = model.name
+        known = replace(found, classes=own, areas=areas.reshape(found.labels.shape))
+        merged = merge_found(known, classes, least, voxel)
     else:
-        named = {value: name for name, value in model.bundle.labels.foreground.items()}
-        values = _values_by_name(named, classes)
+        labels = model.bundle.labels.foreground
+        values = _values_by_name(labels, labels, classes)
         masks = [replace(mask, value=values[mask.value]) for mask in model.masks(shown)]
-        with _named(semantic):
-            merged = merge_masks(masks, volume.array[0], classes, model.score, min_stuff=least, voxel=voxel)
-        provenance["model"] = str(model.bundle)
+        merged = merge_masks(masks, areas, classes, model.score, min_stuff=least, voxel=voxel)
+    name = model.name if isinstance(model, ObjectModel) else str(model.bundle)
+    provenance = {"medseg": __version__, "semantic": str(semantic), "model": name}
     return _measured(panoptic_of(merged, volume, classes, provenance), shown, in_pixels)
 
 
@@ -208,15 +207,17 @@ def find_panoptic(
     return _measured(panoptic_of(merged, image, classes, provenance), image, in_pixels)
 
 
-def _values_by_name(names: Mapping[Any, str], classes: PanopticLabels) -> dict[int, int]:
-    """Return the value in `classes` of each class of a model."""
-    strange = sorted(set(names.values()) - set(classes.things))
+def _values_by_name(
+    names: Iterable[str], labels: Mapping[str, Any], classes: PanopticLabels
+) -> dict[int, int]:
+    """Return the value in `classes` for each value that a model gives to one of `names`."""
+    strange = sorted(set(names) - set(classes.things))
     if strange:
         raise ConfigError(
             f"the model finds {strange[0]!r}, which is no thing ({', '.join(classes.things) or 'none is'}). "
             "Add it to 'labels' and 'things' of the classes."
         )
-    return {int(value): classes.labels[name] for value, name in names.items()}
+    return {int(labels[name]): classes.labels[name] for name in names}
 
 
 @contextmanager

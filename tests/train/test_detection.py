@@ -132,6 +132,8 @@ def check_panoptic(run: Path, image: Path, folder: Path) -> None:
     error = CliRunner().invoke(app, [*map(str, [*words, *classes, "-o", folder / "no"])]).exception
     assert isinstance(error, ConfigError) and "finds 'blob', which is no thing (cell)" in str(error)
     assert not (folder / "no").exists()
+    alone = CliRunner().invoke(app, ["panoptic", str(image), "--model", str(run), "-o", str(folder / "no")])
+    assert isinstance(alone.exception, BundleError) and "is a detector" in str(alone.exception)
 
 
 def test_stopped_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> None:

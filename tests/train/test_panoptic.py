@@ -137,6 +137,9 @@ def test_the_command_makes_a_panoptic_map_of_an_image(
     assert packed.geometry.matches(grid)
     few = CliRunner().invoke(app, [*map(str, words), "--min-stuff-mm3", "1e6"])
     assert json.loads(few.stdout)["stuff"] == {}
+    over = ["--semantic", truth / "semantic" / "image.nii.gz", "--classes", truth / "dataset.json"]
+    both = CliRunner().invoke(app, [*map(str, [*words, *over])])
+    assert json.loads(both.stdout)["things"] == facts["things"], "its things over the stuff of another map"
 
 
 def test_counting_with_such_a_network_names_the_classes(trained: tuple[int, Path, Path]) -> None:
