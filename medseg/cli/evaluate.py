@@ -45,7 +45,6 @@ def evaluate(
     RQ of things, stuff and both. Exit code 3 if some cases could not be measured, 4 if none matches.
     """
     from medseg import metrics
-    from medseg.errors import PartialFailure
     from medseg.files import check_writable
 
     for path in (json, html, csv):
@@ -61,23 +60,26 @@ def evaluate(
 
         return evaluate_objects(predictions, references, iou, json, html, csv, images, seed, labels)
     result = metrics.evaluate(predictions, references, nsd_mm, _labels(labels), seed=seed)
+    _show(result, json, html, csv, images)
+
+
+def _show(
+    result: "Evaluation", json: Path | None, html: Path | None, csv: Path | None, images: Path | None
+) -> None:
+    """Print and write what was asked for.
+
+    Raises
+    ------
+    PartialFailure
+        Some cases were not measured.
+    """
+    from medseg import metrics
+    from medseg.errors import PartialFailure
+
     if json == Path("-"):
         typer.echo(metrics.dump_json(result), nl=False)
     else:
         _print(result)
-    _write(result, json, csv, html, images)
-    if result.failures:
-        first = result.failures[0]
-        raise PartialFailure(
-            f"{len(result.failures)} of {len(result.failures) + len(result.cases)} cases were not measured; "
-            f"the others are. First: {first.case}: {first.error}"
-        )
-
-
-def _write(
-    result: "Evaluation", json: Path | None, csv: Path | None, html: Path | None, images: Path | None
-) -> None:
-    """Write the files that were asked for."""
     if json is not None and json != Path("-"):
         result.to_json(json)
     if csv is not None:
@@ -86,6 +88,12 @@ def _write(
         result.to_html(html, images)
         if json != Path("-"):
             typer.echo(f"Page: {html}")
+    if result.failures:
+        first = result.failures[0]
+        raise PartialFailure(
+            f"{len(result.failures)} of {len(result.failures) + len(result.cases)} cases were not measured; "
+            f"the others are. First: {first.case}: {first.error}"
+        )
 
 
 def _labels(path: Path | None) -> "LabelSet | Path | None":

@@ -6,7 +6,7 @@ that it points to. So nothing depends on tiles once the maps are there, and no m
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import cc3d
@@ -84,7 +84,8 @@ class Found:
     dropped : tuple of Dropped
         What was left out.
     classes : (K,) int64
-        Of the things of the network, that to which the voxels of each object give most of their probability.
+        Of the things of the network, that to which the voxels of each object give most of their probability;
+        1 where it knows only one.
     areas : (*shape) uint8 or None
         Most probable of background and stuff, everywhere; None from a network without stuff.
     """
@@ -94,8 +95,12 @@ class Found:
     diameter: float
     unassigned: int
     dropped: tuple[Dropped, ...]
-    classes: IntArray
+    classes: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     areas: IntArray | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.classes):
+            object.__setattr__(self, "classes", np.ones(len(self.scores), np.int64))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from medseg import __version__
-from medseg.errors import ConfigError, DataError, GeometryError
+from medseg.errors import ConfigError, GeometryError
 from medseg.files import write_text
-from medseg.instances.centre_model import Found
 from medseg.instances.export import (
     write_csv,
     write_geojson,
@@ -31,8 +30,8 @@ from medseg.volume import Volume
 
 Further = Literal["geojson", "roi", "parquet"]
 PIXELS = "pixel"
-# Formats that can hold a label map; for others it is a TIFF.
-KEPT = {".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff"}
+# Formats that can hold a label map; of others it is a TIFF.
+_KEPT = {".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,10 +126,10 @@ def count_objects(
     DataError
         A picture for a 3D model, a volume for a 2D one, or values that are not finite.
     """
-    found = find_in(image, model, diameter, in_pixels)
+    found = model.find(image, diameter, in_pixels)
     labels = image.with_array(found.labels.reshape(1, *image.shape))
     provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
-    names = model.classes.names
+    names = model.class_names
     instances = instances_of(labels, found.classes, found.scores, names, found.dropped, provenance)
     table = measure_objects(instances, image, regions, config=config)
     areas = None if regions is None else measure_regions(instances, regions)
@@ -138,26 +137,6 @@ def count_objects(
         table = in_pixel_units(table)
         areas = None if areas is None else in_pixel_units(areas)
     return Counted(image, instances, table, areas, found.diameter, in_pixels)
-
-
-def find_in(image: Volume, model: ObjectModel, diameter: float | None, in_pixels: bool) -> Found:
-    """Return what a model finds in an image, two axes for a picture; parameters as for `count_objects`.
-
-    Raises
-    ------
-    DataError
-        A picture for a 3D model, a volume for a 2D one, or values that are not finite.
-    """
-    flat = image.shape[2] == 1
-    if flat != (model.network.dimensions == 2):
-        kind = "picture" if flat else f"volume of {image.shape[2]} slices"
-        raise DataError(
-            f"{model.name} finds objects in {model.network.dimensions}D, and the image is a {kind}. "
-            "Take a model (--model) that was trained on such images."
-        )
-    array = image.array[..., 0] if flat else image.array
-    spacing = None if in_pixels else image.spacing[: array.ndim - 1]
-    return model.segment(array, spacing, diameter, channel_axis=0)
 
 
 def in_pixel_units(table: Table) -> Table:
@@ -189,7 +168,7 @@ def write_counted(
     place.mkdir(parents=True, exist_ok=True)
     suffix = suffix_of(Path(source))
     files = {
-        "labels": place / f"{name}_labels{suffix if suffix in KEPT else '.tif'}",
+        "labels": place / f"{name}_labels{suffix if suffix in _KEPT else '.tif'}",
         "table": place / f"{name}_objects.csv",
         "overlay": place / f"{name}_overlay.png",
         "qc": place / f"{name}_qc.json",

@@ -12,12 +12,11 @@ from torch import Tensor
 from medseg import log
 from medseg.bundle import Bundle
 from medseg.errors import BundleError
-from medseg.geometry.orient import from_ras, reads_as_ras, to_ras
+from medseg.geometry.orient import from_ras, reads_as_ras
 from medseg.geometry.tiles import pad_to, tile_slices
 from medseg.infer import choose_device
 from medseg.instances.dropped import Dropped
-from medseg.instances.panoptic import ObjectMask, mask_of
-from medseg.instances.paste import Pasted, mask_window, paste_masks
+from medseg.instances.paste import Pasted, paste_masks
 from medseg.nets.boxes import Clusters, box_centres, box_sizes, clip_boxes, cluster_boxes
 from medseg.nets.roi_align import roi_align
 from medseg.plan.detection import Detection, FindSettings
@@ -179,45 +178,6 @@ class Detector:
             dropped=_dropped(found, sure, pasted, score),
             limited=sum(each.limited for each in found),
         )
-
-    def masks(self, image: Volume, score: float | None = None) -> list[ObjectMask]:
-        """Find the objects of an image as masks that may overlap, on its own grid, best first in each slice.
-
-        Those of a lower score are there too, without a voxel, so that they can be counted.
-
-        Parameters
-        ----------
-        score : least score of an object; :attr:`score` by default
-
-        Raises
-        ------
-        PlanError, DataError
-            The image does not fit the model.
-        """
-        found, record = self.detect(image)
-        least = self.score if score is None else score
-        places = self._places(image.geometry, record)
-        kinds = self.bundle.labels.foreground_values
-        result = []
-        for number, each in enumerate(found):
-            where = places if self.settings.dimensions == 3 else places[number]
-            for k, (value, sure) in enumerate(zip(each.classes.tolist(), each.scores.tolist(), strict=True)):
-                voxels: IntArray = np.zeros(0, np.int64)
-                if sure >= least:
-                    window, inside = mask_window(
-                        each.boxes[k], each.masks[k], each.shape, self.settings.find.mask
-                    )
-                    voxels = where[window][inside]
-                result.append(mask_of(voxels, image.shape, kinds[value], sure))
-        return result
-
-    def _places(self, grid: Geometry, record: Record) -> IntArray:
-        """Return where in the image, as a linear index, each voxel of the cropped source grid is."""
-        numbers = np.arange(np.prod(grid.shape), dtype=np.int64).reshape(1, *grid.shape)
-        volume = Volume(numbers, grid)
-        if reads_as_ras(self.bundle.plan.reader):
-            volume = to_ras(volume)
-        return np.asarray(record.to_network(volume.array)[record.inner][0])
 
 
 def _paste(found: Found, settings: FindSettings) -> Pasted:

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from medseg.bundle import Bundle, load_bundle
-from medseg.errors import BundleError, ConfigError
+from medseg.errors import BundleError, ConfigError, DataError
 from medseg.infer.runtime import choose_runtime, count_threads
 from medseg.instances.centre_model import CentreNetwork, CentreSettings, Found, prepare_image
 from medseg.instances.diameter import estimate_diameter
 from medseg.labels import PanopticLabels
-from medseg.types import Array, PathLike, Shape
+from medseg.types import Array, PathLike
+from medseg.volume import Volume
 
 MODELS: dict[str, str] = {
     "nuclei2d": "Nuclei in 2D: fluorescence and H&E (trained on Data Science Bowl 2018, CC0).",
@@ -64,6 +65,30 @@ class ObjectModel:
         """Return the same model that makes objects in another way, e.g. ``threshold=0.4``."""
         return replace(self, network=replace(self.network, settings=self.settings.replace(**changes)))
 
+    @property
+    def class_names(self) -> dict[int, str]:
+        """What an object is called."""
+        return {value: self.classes.names[value] for value in self.classes.thing_values}
+
+    def find(self, image: Volume, diameter: float | None = None, in_pixels: bool = False) -> Found:
+        """Find the objects of a picture (2D models) or a volume (3D); see :meth:`segment`.
+
+        Raises
+        ------
+        DataError
+            A picture for a 3D model, a volume for a 2D one, or values that are not finite.
+        """
+        flat = image.shape[2] == 1
+        if flat != (self.network.dimensions == 2):
+            kind = "picture" if flat else f"volume of {image.shape[2]} slices"
+            raise DataError(
+                f"{self.name} finds objects in {self.network.dimensions}D, and the image is a {kind}. "
+                "Take a model (--model) that was trained on such images."
+            )
+        array = image.array[..., 0] if flat else image.array
+        spacing = None if in_pixels else image.spacing[: array.ndim - 1]
+        return self.segment(array, spacing, diameter, channel_axis=0)
+
     def segment(
         self,
         image: Array,
@@ -98,7 +123,7 @@ class ObjectModel:
         if len(size) != n or not all(np.isfinite(s) and s > 0 for s in size):
             raise ConfigError(f"spacing {size}: expected {n} numbers above 0, one an axis.")
         if not shown.size or shown.min() == shown.max():  # of one value: nothing is there to be seen
-            return self._nothing(shown.shape[1:])
+            return Found(np.zeros(shown.shape[1:], np.int32), np.zeros(0, np.float32), 0.0, 0, ())
         if diameter is None and spacing is not None:
             diameter = self.settings.diameter
         if diameter is None:
@@ -106,12 +131,6 @@ class ObjectModel:
         if not np.isfinite(diameter) or diameter <= 0:
             raise ConfigError(f"diameter {diameter}: expected more than 0.")
         return self.network.find(shown, size, float(diameter))
-
-    def _nothing(self, shape: Shape) -> Found:
-        """Return what is found in an image without anything."""
-        areas = np.zeros(shape, np.uint8) if len(self.settings.things) < self.settings.classes - 1 else None
-        none = np.zeros(0, np.int64)
-        return Found(np.zeros(shape, np.int32), np.zeros(0, np.float32), 0.0, 0, (), none, areas)
 
 
 def load_object_model(

@@ -13,7 +13,7 @@ from medseg import __version__
 from medseg.config import Config
 from medseg.errors import ConfigError, GeometryError, MedsegError
 from medseg.files import scratch_folder
-from medseg.instances.count import KEPT, PIXELS, find_in, in_pixel_units, read_measured
+from medseg.instances.count import PIXELS, in_pixel_units, read_measured
 from medseg.instances.export import write_csv, write_panoptic_overlay, write_qc
 from medseg.instances.export.label_map import smallest, write_label_map
 from medseg.instances.models import ObjectModel
@@ -38,6 +38,9 @@ from medseg.volume import Unit, Volume
 
 if TYPE_CHECKING:
     from medseg.instances.detect import Detector
+
+# Formats that hold whole numbers of 32 bits in one file; for others the maps are TIFF.
+_KEPT = {".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,14 +168,16 @@ def add_things(
     least, voxel, in_pixels = min_stuff_mm3 * _scale(volume), _voxel(volume), pixel_size == PIXELS
     if isinstance(model, ObjectModel):
         values = _values_by_name(model.classes.things, model.classes.labels, classes)
-        found = find_in(shown, model, diameter, in_pixels)
+        found = model.find(shown, diameter, in_pixels)
         own = np.array([values[int(value)] for value in found.classes], np.int64)
         known = replace(found, classes=own, areas=areas.reshape(found.labels.shape))
         merged = merge_found(known, classes, least, voxel)
     else:
         labels = model.bundle.labels.foreground
         values = _values_by_name(labels, labels, classes)
-        masks = [replace(mask, value=values[mask.value]) for mask in model.masks(shown)]
+        from medseg.instances.masks import find_masks
+
+        masks = [replace(mask, value=values[mask.value]) for mask in find_masks(model, shown)]
         merged = merge_masks(masks, areas, classes, model.score, min_stuff=least, voxel=voxel)
     name = model.name if isinstance(model, ObjectModel) else str(model.bundle)
     provenance = {"medseg": __version__, "semantic": str(semantic), "model": name}
@@ -201,7 +206,7 @@ def find_panoptic(
             f"{model.name}: finds objects, and no stuff around them. Use medseg count, or a bundle of medseg "
             "train --task panoptic."
         )
-    found = find_in(image, model, diameter, in_pixels)
+    found = model.find(image, diameter, in_pixels)
     merged = merge_found(found, classes, min_stuff_mm3 * _scale(image), _voxel(image))
     provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
     return _measured(panoptic_of(merged, image, classes, provenance), image, in_pixels)
@@ -287,7 +292,7 @@ def write_panoptic(result: PanopticResult, folder: PathLike, name: str, source: 
     """Write maps, classes, table, picture and QC list as ``NAME_...``; return what was written."""
     place, panoptic = Path(folder), result.panoptic
     suffix = suffix_of(Path(source))
-    ending = suffix if suffix in KEPT else ".tif"
+    ending = suffix if suffix in _KEPT else ".tif"
     names = {
         "panoptic": f"{name}{PACKED}{ending}",
         "semantic": f"{name}_semantic{ending}",

@@ -14,7 +14,7 @@ nothing at a place is a statement, and an object invented there a mistake.
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from medseg.io.grids import FLAT_NOTE, grid_difference
 from medseg.labels import PanopticLabels, read_panoptic_labels
 from medseg.log import logger, progress
 from medseg.metrics.definitions import Failure
-from medseg.metrics.evaluation import warn_alone
 from medseg.metrics.overlap_table import overlap_table
 from medseg.metrics.pairing import case_name, find_cases, load_label_map
 from medseg.metrics.panoptic import (
@@ -165,8 +164,11 @@ def evaluate_panoptic(
             "the files so that both sides use the same case names."
         )
     alone = tuple(sorted(set(predicted) - set(known))), tuple(sorted(set(known) - set(predicted)))
-    warn_alone(alone[0], "predictions have no reference")
-    warn_alone(alone[1], "references have no prediction")
+    for names, what in zip(
+        alone, ("predictions have no reference", "references have no prediction"), strict=True
+    ):
+        if names:
+            logger.warning("%d %s and are not in the means: %s", len(names), what, _some(names))
     cases: dict[str, PanopticClasses] = {}
     failures = []
     for name in progress(both, "evaluate panoptic maps"):
@@ -342,7 +344,7 @@ def _classes_of(folder: Path, name: str) -> Path:
     )
 
 
-def _some(names: Mapping[str, Any], most: int = 6) -> str:
+def _some(names: Collection[str], most: int = 6) -> str:
     return ", ".join(sorted(names)[:most]) + (" ..." if len(names) > most else "")
 
 

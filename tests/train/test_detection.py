@@ -1,7 +1,6 @@
 """Detectors trained as a user starts them, on scenes of a few blobs."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,7 @@ from medseg.cli import app
 from medseg.errors import BundleError, ConfigError, PlanError
 from medseg.infer import Predictor
 from medseg.instances.detect import Detector
-from medseg.instances.panoptic import merge_masks
 from medseg.io import open_dataset, read, write
-from medseg.labels import PanopticLabels
 from medseg.plan import Plan
 from medseg.plan.detector import plan_detection
 from medseg.preprocess import build_store
@@ -87,53 +84,8 @@ def test_a_run_leaves_a_bundle_that_finds_objects_on_the_grid_of_the_image(dims:
     assert set(found.classes.tolist()) <= {1} and len(found.classes) == count
     again = detector.find(image, score=0.0)
     np.testing.assert_array_equal(found.volume.array, again.volume.array)
-    for reader in (bundle.plan.reader, "NibabelIOWithReorient"):
-        turned = Detector(replace(bundle, plan=bundle.plan.replace(reader=reader)))
-        check_masks(turned, image)
-    unsure = turned.masks(image, score=1.1)
-    assert unsure and not any(mask.mask.any() for mask in unsure)
-    check_panoptic(run, dataset / "imagesTr" / path.name.replace(".nii.gz", "_0000.nii.gz"), tmp_path)
     with pytest.raises(BundleError, match="finds objects"):
         Predictor(bundle)
-
-
-def check_masks(detector: Detector, image: Volume) -> None:
-    """Masks drawn one over the other are the map that the detector makes itself."""
-    found = detector.find(image, score=0.0)
-    masks = detector.masks(image, score=0.0)
-    assert masks and {mask.value for mask in masks} == {1}
-    nothing = np.zeros(image.shape, np.uint8)
-    blobs_alone = PanopticLabels(labels={"blob": 1}, things=("blob",))
-    merged = merge_masks(masks, nothing, blobs_alone, least_score=0.0, most_hidden=1.0)
-    drawn = found.volume.array[0]
-    assert ((merged.labels > 0) == (drawn > 0)).all()
-    pairs = np.unique(np.stack([merged.labels.ravel(), drawn.ravel()]), axis=1)
-    assert len(pairs[0]) == len(set(pairs[0])) == len(set(pairs[1])), "the same objects"
-
-
-def check_panoptic(run: Path, image: Path, folder: Path) -> None:
-    """The command merges what the detector finds with stuff, by score."""
-    source = read(image)
-    semantic = np.zeros(source.shape, np.uint8)
-    semantic[: source.shape[0] // 2] = 1
-    write(Volume(semantic, source.geometry), folder / "semantic.nii.gz")
-    (folder / "classes.yaml").write_text("labels: {half: 1, blob: 7}\nthings: [blob]\n")
-    words = ["panoptic", image, "--model", run, "--semantic", folder / "semantic.nii.gz", "--json"]
-    classes = ["--classes", folder / "classes.yaml"]
-    shown = CliRunner().invoke(app, [*map(str, [*words, *classes, "-o", folder / "out"])])
-    assert shown.exit_code == 0, shown.output
-    facts = json.loads(shown.stdout)
-    packed = read(facts["files"]["panoptic"])
-    assert packed.geometry.matches(source.geometry)
-    values = np.unique(packed.array)
-    assert {int(v) for v in values} - {0, 1000} == {7001 + n for n in range(facts["things"]["blob"])}
-    assert facts["stuff"] and set(facts["things"]) == {"blob"}
-    (folder / "classes.yaml").write_text("labels: {half: 1, cell: 7}\nthings: [cell]\n")
-    error = CliRunner().invoke(app, [*map(str, [*words, *classes, "-o", folder / "no"])]).exception
-    assert isinstance(error, ConfigError) and "finds 'blob', which is no thing (cell)" in str(error)
-    assert not (folder / "no").exists()
-    alone = CliRunner().invoke(app, ["panoptic", str(image), "--model", str(run), "-o", str(folder / "no")])
-    assert isinstance(alone.exception, BundleError) and "is a detector" in str(alone.exception)
 
 
 def test_stopped_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from medseg.cli import app
 from medseg.errors import DataError, DatasetError
 from medseg.instances.count import count_objects
 from medseg.instances.models import load_object_model
+from medseg.instances.panoptic import merge_found
 from medseg.io import open_dataset, read, write
 from medseg.io.semantic import find_semantic_maps
 from medseg.metrics.panoptic_maps import evaluate_panoptic
@@ -151,7 +152,8 @@ def test_counting_with_such_a_network_names_the_classes(trained: tuple[int, Path
     assert set(found.table.columns["class_name"]) == set(CLASSES[n]["things"])
     assert abs(len(found.instances) - len(np.unique(objects)[1:])) <= 2
     nothing = model.segment(np.zeros(SIZES[n], np.uint8), (1.0,) * n)
-    assert nothing.areas is not None and not nothing.areas.any() and not len(nothing.classes)
+    assert not nothing.labels.any() and not len(nothing.classes)
+    assert not merge_found(nothing, model.classes).semantic.any()
 
 
 def test_a_network_that_was_stopped_goes_on_only_with_the_same_classes(
