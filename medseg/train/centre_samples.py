@@ -22,6 +22,9 @@ from medseg.types import Array, FloatArray, IntArray
 
 # Cases are kept no finer than this many voxels a voxel of the network: the rest would be thrown away.
 KEPT = 1.3
+# Voxels of each class of stuff that patches are drawn around, besides the objects. Of two small areas far from
+# all objects, a network found nothing without them, and PQ was 0.94 with them (200 steps, drawn scenes).
+STUFF_PLACES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +40,8 @@ class CentreCase:
         Objects 1..K.
     step : (n,) float
         Voxels of this image along each axis in a voxel of the network, when objects have their usual size.
-    middles : (K, n) float
-        A voxel of each object, roughly its middle.
+    middles : (m, n) float
+        A voxel of each object, roughly its middle, and some voxels of each class of stuff.
     classes : (*shape) uint8
         Class of each voxel; 1 in objects where there is only one.
     """
@@ -100,15 +103,27 @@ def make_case(
     shown = to_grid(normalise(one_if_equal(image), config.percentiles), sizes)
     kept, count = number_objects(labels_to_grid(labels, sizes))
     actual = np.array(shape) * np.asarray(spacing, float) / sizes
+    known = (kept > 0 if classes is None else labels_to_grid(classes, sizes)).astype(np.uint8)
     middles = ndimage.center_of_mass(kept > 0, kept, np.arange(1, count + 1)) if count else []
     return CentreCase(
         name,
         np.ascontiguousarray(shown),
         kept,
         voxel / actual,
-        np.asarray(middles, float).reshape(-1, labels.ndim),
-        (kept > 0 if classes is None else labels_to_grid(classes, sizes)).astype(np.uint8),
+        np.concatenate([np.asarray(middles, float).reshape(-1, labels.ndim), _stuff_places(known, kept)]),
+        known,
     )
+
+
+def _stuff_places(classes: IntArray, labels: IntArray) -> FloatArray:
+    """Return some voxels of every class that no object has, (m, n): rare stuff has to be seen, too."""
+    places = [np.zeros((0, classes.ndim))]
+    alone = np.where(labels == 0, classes, 0).ravel()
+    for value in np.flatnonzero(np.bincount(alone[alone > 0])):
+        voxels = np.flatnonzero(alone == value)
+        chosen = voxels[np.linspace(0, len(voxels) - 1, min(STUFF_PLACES, len(voxels))).astype(int)]
+        places.append(np.stack(np.unravel_index(chosen, classes.shape), 1))
+    return np.concatenate(places)
 
 
 class CentreSampler:

@@ -251,3 +251,18 @@ def test_a_patch_shows_the_classes_where_its_objects_are() -> None:
         assert set(np.unique(goal[0])) <= {0, 1, 2, 3} and (goal[0] == 1).any()
     plain = make_case("a", image[None], objects.astype(np.int32), (1.0, 1.0), 8.0, config)
     assert (plain.classes == (plain.labels > 0)).all()
+
+
+def test_patches_are_drawn_around_rare_stuff_too() -> None:
+    labels, classes = np.zeros((200, 200), np.int32), np.zeros((200, 200), np.uint8)
+    for number in range(1, 7):
+        labels[10:16, 8 * number : 8 * number + 6] = number
+    classes[labels > 0], classes[170:180, 170:180] = 2, 1
+    image = np.random.default_rng(0).random((1, 200, 200)).astype(np.float32)
+    config = CentreConfig(object_voxels=10.0, patch_size=(32, 32))
+    case = make_case("a", image, labels, (1.0, 1.0), 10.0, config, classes)
+    sampler = CentreSampler([case], (32, 32), config)
+    seen = [bool((sampler.sample(number, forced=True).seg[0] == 1).any()) for number in range(60)]
+    assert 12 < sum(seen) < 40, "4 of 10 places are in the small area"
+    alone = make_case("b", image, labels, (1.0, 1.0), 10.0, config, np.ones_like(classes))
+    assert len(alone.middles) == 6 + 4, "stuff that fills the image is seen as well"
