@@ -45,11 +45,12 @@ def evaluate(
     RQ of things, stuff and both. Exit code 3 if some cases could not be measured, 4 if none matches.
     """
     from medseg import metrics
-    from medseg.files import check_writable
+    from medseg.files import check_distinct, check_writable
 
     for path in (json, html, csv):
         if path is not None and path != Path("-"):
             check_writable(path)
+            check_distinct([path], [predictions, references])
     if panoptic or background_is_void:
         from medseg.cli.evaluate_panoptic import evaluate_maps
 

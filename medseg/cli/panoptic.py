@@ -57,6 +57,10 @@ def panoptic(
     diameter: Annotated[
         float | None, typer.Option(min=0.0, help="With --model: of a usual object, in the image's unit.")
     ] = None,
+    channel: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --model: that shows the objects, from 0 on, of several stains."),
+    ] = None,
     pixel_size: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Where a file does not tell it: '0.5 micron'; or 'pixel'."),
@@ -69,8 +73,8 @@ def panoptic(
     Writes NAME_panoptic (class * divisor + object), NAME_semantic, NAME_instances, NAME_classes.json,
     NAME_objects.csv, NAME_overlay.png, and NAME_qc.json with everything that was dropped.
     """
-    from medseg.files import check_writable
-    from medseg.instances.panoptic_files import describe_panoptic, write_panoptic
+    from medseg.files import check_distinct, check_writable
+    from medseg.instances.panoptic_files import describe_panoptic, files_of, write_panoptic
     from medseg.io.formats import stem_of
 
     given = {
@@ -81,20 +85,23 @@ def panoptic(
         "--h-mm": h_mm,
         "--min-thing-mm3": min_thing_mm3 or None,
     }
-    _check(image, model, semantic, given, diameter)
+    looks = {"--diameter": diameter, "--channel": channel}
+    _check(image, model, semantic, given, looks)
     check_writable(out, folder=True)
+    source = semantic if semantic is not None else image
+    assert source is not None  # one of the two was given
+    name = stem_of(image or source)
+    inputs = [path for path in (image, semantic, instances, classes) if path is not None]
+    check_distinct(files_of(out, name, source).values(), inputs)
     if semantic is None:
-        result = _find(image, model, diameter, pixel_size, min_stuff_mm3, threads)
+        result = _find(image, model, diameter, pixel_size, min_stuff_mm3, channel, threads)
     else:
         known = _classes(semantic, classes, things)
         result = (
             _merge(semantic, known, instances, image, pixel_size, split, h_mm, min_stuff_mm3, min_thing_mm3)
             if model is None
-            else _add(semantic, known, image, model, diameter, pixel_size, min_stuff_mm3, threads)
+            else _add(semantic, known, image, model, diameter, pixel_size, min_stuff_mm3, channel, threads)
         )
-    source = semantic if semantic is not None else image
-    assert source is not None  # one of the two was given
-    name = stem_of(image or source)
     files = write_panoptic(result, out, name, source)
     facts = {"name": name, **describe_panoptic(result, files)}
     typer.echo(json_module.dumps(facts) if json else _readable(facts, out))
@@ -105,7 +112,7 @@ def _check(
     model: str | None,
     semantic: Path | None,
     given: dict[str, Any],
-    diameter: float | None,
+    looks: dict[str, Any],
 ) -> None:
     """Refuse options that have no sense together."""
     from medseg.errors import ConfigError
@@ -115,12 +122,12 @@ def _check(
         raise ConfigError("what makes the map? Give --model BUNDLE, --semantic LABEL_MAP, or both.")
     if model is not None and image is None:
         raise ConfigError("--model needs an image. Give its path as the first argument.")
-    if model is None and diameter is not None:
-        raise ConfigError("--diameter is for --model. Leave it out.")
+    wrong = next((name for name, value in looks.items() if value is not None), None)
+    if model is None and wrong:
+        raise ConfigError(f"{wrong} is for --model. Leave it out.")
     if semantic is None:
-        wrong = named[0] if named else None
-        if wrong:
-            raise ConfigError(f"{wrong} belongs to --semantic. Add that, or leave it out.")
+        if named:
+            raise ConfigError(f"{named[0]} belongs to --semantic. Add that, or leave it out.")
         return
     if (given["--classes"] is None) == (given["--things"] is None):
         raise ConfigError(
@@ -132,8 +139,8 @@ def _check(
             f"{split[0]} is for things that are split, and --instances has them. Leave out one."
         )
     if model is not None and (split or given["--instances"] is not None):
-        wrong = split[0] if split else "--instances"
-        raise ConfigError(f"{wrong} and --model: both make objects. Leave out one.")
+        other = split[0] if split else "--instances"
+        raise ConfigError(f"{other} and --model: both make objects. Leave out one.")
 
 
 def _classes(semantic: Path, classes: Path | None, things: list[str] | None) -> "PanopticLabels":
@@ -157,6 +164,7 @@ def _find(
     diameter: float | None,
     pixel_size: str | None,
     min_stuff_mm3: float,
+    channel: int | None,
     threads: int | None,
 ) -> "PanopticResult":
     from medseg.instances.count import PIXELS, read_measured
@@ -166,7 +174,7 @@ def _find(
     assert image is not None and model is not None  # checked
     volume = read_measured(image, pixel_size)
     finder = load_object_model(model, threads=threads)
-    return find_panoptic(volume, finder, diameter, pixel_size == PIXELS, min_stuff_mm3)
+    return find_panoptic(volume, finder, diameter, pixel_size == PIXELS, min_stuff_mm3, channel)
 
 
 def _merge(
@@ -194,6 +202,7 @@ def _add(
     diameter: float | None,
     pixel_size: str | None,
     min_stuff_mm3: float,
+    channel: int | None,
     threads: int | None,
 ) -> "PanopticResult":
     from medseg.bundle import load_bundle
@@ -205,7 +214,7 @@ def _add(
     bundle = load_bundle(find_model(model))
     detects = bundle.settings.detection is not None
     finder = Detector(bundle) if detects else open_object_model(bundle, model, threads=threads)
-    return add_things(semantic, classes, image, finder, diameter, pixel_size, min_stuff_mm3)
+    return add_things(semantic, classes, image, finder, diameter, pixel_size, min_stuff_mm3, channel)
 
 
 def _readable(facts: dict[str, Any], out: Path) -> str:

@@ -13,7 +13,8 @@ from medseg import __version__
 from medseg.config import Config
 from medseg.errors import ConfigError, GeometryError, MedsegError
 from medseg.files import scratch_folder
-from medseg.instances.count import PIXELS, in_pixel_units, read_measured
+from medseg.instances.channels import choose_channel
+from medseg.instances.count import KEPT, PIXELS, in_pixel_units, read_measured
 from medseg.instances.export import write_csv, write_panoptic_overlay, write_qc
 from medseg.instances.export.label_map import smallest, write_label_map
 from medseg.instances.models import ObjectModel
@@ -38,9 +39,6 @@ from medseg.volume import Unit, Volume
 
 if TYPE_CHECKING:
     from medseg.instances.detect import Detector
-
-# Formats that hold whole numbers of 32 bits in one file; for others the maps are TIFF.
-_KEPT = {".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +147,7 @@ def add_things(
     diameter: float | None = None,
     pixel_size: str | None = None,
     min_stuff_mm3: float = 0.0,
+    channel: int | None = None,
 ) -> PanopticResult:
     """Put the objects that a model finds in an image over a map of classes.
 
@@ -168,7 +167,7 @@ def add_things(
     least, voxel, in_pixels = min_stuff_mm3 * _scale(volume), _voxel(volume), pixel_size == PIXELS
     if isinstance(model, ObjectModel):
         values = _values_by_name(model.classes.things, model.classes.labels, classes)
-        found = model.find(shown, diameter, in_pixels)
+        found = model.find(choose_channel(shown, channel), diameter, in_pixels)
         own = np.array([values[int(value)] for value in found.classes], np.int64)
         known = replace(found, classes=own, areas=areas.reshape(found.labels.shape))
         merged = merge_found(known, classes, least, voxel)
@@ -177,7 +176,8 @@ def add_things(
         values = _values_by_name(labels, labels, classes)
         from medseg.instances.masks import find_masks
 
-        masks = [replace(mask, value=values[mask.value]) for mask in find_masks(model, shown)]
+        seen = choose_channel(shown, channel)
+        masks = [replace(mask, value=values[mask.value]) for mask in find_masks(model, seen)]
         merged = merge_masks(masks, areas, classes, model.score, min_stuff=least, voxel=voxel)
     name = model.name if isinstance(model, ObjectModel) else str(model.bundle)
     provenance = {"medseg": __version__, "semantic": str(semantic), "model": name}
@@ -190,6 +190,7 @@ def find_panoptic(
     diameter: float | None = None,
     in_pixels: bool = False,
     min_stuff_mm3: float = 0.0,
+    channel: int | None = None,
 ) -> PanopticResult:
     """Find things and stuff of an image with a network that knows both; parameters as for `count_objects`.
 
@@ -206,7 +207,7 @@ def find_panoptic(
             f"{model.name}: finds objects, and no stuff around them. Use medseg count, or a bundle of medseg "
             "train --task panoptic."
         )
-    found = model.find(image, diameter, in_pixels)
+    found = model.find(choose_channel(image, channel), diameter, in_pixels)
     merged = merge_found(found, classes, min_stuff_mm3 * _scale(image), _voxel(image))
     provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
     return _measured(panoptic_of(merged, image, classes, provenance), image, in_pixels)
@@ -290,33 +291,37 @@ def _measured(panoptic: Panoptic, image: Volume | None, in_pixels: bool) -> Pano
 
 def write_panoptic(result: PanopticResult, folder: PathLike, name: str, source: PathLike) -> dict[str, Path]:
     """Write maps, classes, table, picture and QC list as ``NAME_...``; return what was written."""
-    place, panoptic = Path(folder), result.panoptic
-    suffix = suffix_of(Path(source))
-    ending = suffix if suffix in _KEPT else ".tif"
-    names = {
-        "panoptic": f"{name}{PACKED}{ending}",
-        "semantic": f"{name}_semantic{ending}",
-        "instances": f"{name}_instances{ending}",
-        "classes": f"{name}_{CLASSES}",
-        "table": f"{name}_objects.csv",
-        "overlay": f"{name}_overlay.png",
-        "qc": f"{name}_qc.json",
-    }
+    place, panoptic, semantic = Path(folder), result.panoptic, result.panoptic.semantic
+    highest = max(panoptic.classes.labels.values(), default=0)
+    written = files_of(place, name, source)
     place.mkdir(parents=True, exist_ok=True)
     with scratch_folder(place / name) as scratch:  # either all of them appear, or none
-        files = {kind: scratch / file for kind, file in names.items()}
-        semantic = panoptic.semantic
-        highest = max(panoptic.classes.labels.values(), default=0)
+        files = files_of(scratch, name, source)
         write(panoptic.packed(), files["panoptic"])
         write(semantic.with_array(smallest(semantic.array, highest)), files["semantic"])
         write_label_map(panoptic.instances, files["instances"])
         panoptic.classes.save(files["classes"])
         write_csv(result.table, files["table"])
         write_panoptic_overlay(panoptic, result.image, files["overlay"], title=name)
-        write_qc(panoptic.instances, files["qc"])
-        for file in names.values():
-            os.replace(scratch / file, place / file)
-    return {kind: place / file for kind, file in names.items()}
+        write_qc(panoptic.instances, files["qc"], in_pixels=result.in_pixels)
+        for kind, file in files.items():
+            os.replace(file, written[kind])
+    return written
+
+
+def files_of(folder: PathLike, name: str, source: PathLike) -> dict[str, Path]:
+    """Return where the results of an image always go, by kind; `source` decides the format of maps."""
+    suffix, place = suffix_of(Path(source)), Path(folder)
+    ending = suffix if suffix in KEPT else ".tif"
+    return {
+        "panoptic": place / f"{name}{PACKED}{ending}",
+        "semantic": place / f"{name}_semantic{ending}",
+        "instances": place / f"{name}_instances{ending}",
+        "classes": place / f"{name}_{CLASSES}",
+        "table": place / f"{name}_objects.csv",
+        "overlay": place / f"{name}_overlay.png",
+        "qc": place / f"{name}_qc.json",
+    }
 
 
 def describe_panoptic(result: PanopticResult, files: Mapping[str, Path]) -> dict[str, Any]:

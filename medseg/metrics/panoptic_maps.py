@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 import medseg
-from medseg.errors import Cancelled, ConfigError, DatasetError, GeometryError, LabelError, MedsegError
+from medseg.errors import ConfigError, DatasetError, GeometryError, LabelError
 from medseg.files import write_text
 from medseg.io.grids import FLAT_NOTE, grid_difference
 from medseg.labels import PanopticLabels, read_panoptic_labels
-from medseg.log import logger, progress
+from medseg.metrics.cases import measure_cases, warn_alone
 from medseg.metrics.definitions import Failure
 from medseg.metrics.overlap_table import overlap_table
 from medseg.metrics.pairing import case_name, find_cases, load_label_map
@@ -66,6 +66,15 @@ class PanopticSource:
     packed: Path | None = None
     semantic: Path | None = None
     objects: Path | None = None
+
+
+@dataclass(frozen=True)
+class PanopticPair:
+    """One case: its name, prediction and reference."""
+
+    name: str
+    prediction: PanopticSource
+    reference: PanopticSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +160,6 @@ def evaluate_panoptic(
     ------
     DatasetError
         Nothing matches, or not one case could be measured.
-    ConfigError
-        The classes of the two sides contradict each other.
     """
     predicted, known = find_panoptic_maps(predictions), find_panoptic_maps(references)
     if Path(predictions).is_file() and Path(references).is_file():
@@ -164,27 +171,15 @@ def evaluate_panoptic(
             "the files so that both sides use the same case names."
         )
     alone = tuple(sorted(set(predicted) - set(known))), tuple(sorted(set(known) - set(predicted)))
-    for names, what in zip(
-        alone, ("predictions have no reference", "references have no prediction"), strict=True
-    ):
-        if names:
-            logger.warning("%d %s and are not in the means: %s", len(names), what, _some(names))
-    cases: dict[str, PanopticClasses] = {}
-    failures = []
-    for name in progress(both, "evaluate panoptic maps"):
-        try:
-            cases[name] = _measure(name, predicted[name], known[name], background_is_void)
-        except (Cancelled, ConfigError):
-            raise
-        except (MedsegError, MemoryError) as error:
-            reason = str(error).removeprefix(f"{name}: ") or "out of memory"
-            failures.append(Failure(name, reason))
-            logger.error("%s: not measured. %s", name, reason)
-    if not cases:
-        first = f"{failures[0].case}: {failures[0].error}"
-        raise DatasetError(f"none of the {len(failures)} cases could be measured. First: {first}")
+    warn_alone(alone[0], "predictions have no reference")
+    warn_alone(alone[1], "references have no prediction")
+    pairs = [PanopticPair(name, predicted[name], known[name]) for name in both]
+    measured, failures = measure_cases(
+        pairs, "evaluate panoptic maps", lambda pair: (pair.name, _measure(pair, background_is_void))
+    )
+    cases = dict(measured)
     total = PanopticClasses.merged(cases.values())
-    return PanopticEvaluation(total, cases, background_is_void, tuple(failures), *alone)
+    return PanopticEvaluation(total, cases, background_is_void, failures, *alone)
 
 
 def find_panoptic_maps(path: PathLike) -> dict[str, PanopticSource]:
@@ -281,10 +276,9 @@ def describe_quality(found: PanopticClasses) -> dict[str, Any]:
     }
 
 
-def _measure(
-    name: str, prediction: PanopticSource, reference: PanopticSource, background_is_void: bool
-) -> PanopticClasses:
-    known, found = read_panoptic_map(reference, name), read_panoptic_map(prediction, name)
+def _measure(pair: PanopticPair, background_is_void: bool) -> PanopticClasses:
+    name = pair.name
+    known, found = read_panoptic_map(pair.reference, name), read_panoptic_map(pair.prediction, name)
     assert found.grid is not None and known.grid is not None  # both were read
     _check_same_grid(name, known.grid, found.grid, "the reference")
     return compare_panoptic(known, found, background_is_void)

@@ -22,8 +22,8 @@ from medseg.types import Array, FloatArray, IntArray
 
 # Cases are kept no finer than this many voxels a voxel of the network: the rest would be thrown away.
 KEPT = 1.3
-# Voxels of each class of stuff that patches are drawn around, besides the objects. Of small areas far from all
-# objects, a network found nothing without them, and had a PQ of 0.94 with them (200 steps, drawn scenes).
+# Voxels of each class of stuff that patches are drawn around, besides the objects. Of small areas far from
+# all objects, a network found nothing without them, and had a PQ of 0.94 with them (200 steps, drawn scenes).
 STUFF_PLACES = 4
 
 

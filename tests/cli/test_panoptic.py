@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from medseg.cli import app
-from medseg.errors import ConfigError, DataError, GeometryError, LabelError
+from medseg.errors import ConfigError, DataError, GeometryError, LabelError, OutputError
 from medseg.io import read, write
 from medseg.labels import read_panoptic_labels
 from medseg.metrics.panoptic_maps import evaluate_panoptic
@@ -207,6 +207,7 @@ def test_options_that_have_no_sense_together_are_refused(inputs: dict[str, Path]
         ([inputs["image"], "--model", "x", "--split", "basins", *out], "--split belongs to --semantic"),
         ([*semantic, *out], "which classes are things?"),
         ([*semantic, *classes, "--diameter", "4", *out], "--diameter is for --model"),
+        ([*semantic, *classes, "--channel", "0", *out], "--channel is for --model"),
         (
             [*semantic, *classes, "--instances", inputs["objects"], "--h-mm", "1", *out],
             "--h-mm is for things that are split",
@@ -217,6 +218,14 @@ def test_options_that_have_no_sense_together_are_refused(inputs: dict[str, Path]
         found = run(*words).exception
         assert isinstance(found, ConfigError) and message in str(found), found
     assert not inputs["out"].exists()
+
+
+def test_no_result_replaces_what_was_read(inputs: dict[str, Path]) -> None:
+    before = inputs["semantic"].read_bytes()
+    words = ["--semantic", inputs["semantic"], "--classes", inputs["classes"]]
+    error = run(inputs["image"], *words, "-o", inputs["semantic"].parent).exception
+    assert isinstance(error, OutputError) and "is read here, and would be replaced" in str(error)
+    assert inputs["semantic"].read_bytes() == before
 
 
 def test_a_model_of_objects_alone_is_no_panoptic_model(inputs: dict[str, Path]) -> None:
@@ -238,6 +247,8 @@ def test_nuclei_of_the_model_of_the_package_lie_in_tissue(tmp_path: Path) -> Non
     assert facts["things"] == {"nucleus": 6} and set(facts["stuff"]) == {"tumour", "stroma"}
     packed = read(facts["files"]["panoptic"]).array
     assert set(np.unique(packed)) == {1000, 2000, *range(3001, 3007)}
+    error = run(*words, "--classes", classes, "--channel", 4).exception
+    assert isinstance(error, ConfigError) and "the image has channels 0 to 0" in str(error)
     classes.write_text("labels: {tumour: 1, stroma: 2}\nthings: []\n")
     error = run(*words, "--classes", classes).exception
     assert isinstance(error, ConfigError) and "finds 'nucleus', which is no thing (none is)" in str(error)
