@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from medseg import __version__
-from medseg.errors import ConfigError, DataError, GeometryError
+from medseg.errors import ConfigError, GeometryError
 from medseg.files import write_text
 from medseg.instances.channels import choose_channel
 from medseg.instances.count_page import build_page, size_column
@@ -36,7 +36,7 @@ Further = Literal["geojson", "roi", "parquet"]
 PIXELS = "pixel"
 PAGE = "report.html"
 # Formats that can hold a label map; of others it is a TIFF.
-_KEPT = {".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff"}
+KEPT = {".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,30 +139,20 @@ def count_objects(
     """
     if regions is not None:
         check_regions(regions, image)
-    flat = image.shape[2] == 1
-    if flat != (model.network.dimensions == 2):
-        kind = "picture" if flat else f"volume of {image.shape[2]} slices"
-        raise DataError(
-            f"{model.name} finds objects in {model.network.dimensions}D, and the image is a {kind}. "
-            "Take a model (--model) that was trained on such images."
-        )
-    shown = choose_channel(image, channel)
-    array = shown.array[..., 0] if flat else shown.array
-    spacing = None if in_pixels else image.spacing[: array.ndim - 1]
-    found = model.segment(array, spacing, diameter, channel_axis=0)
+    found = model.find(choose_channel(image, channel), diameter, in_pixels)
     labels = image.with_array(found.labels.reshape(1, *image.shape))
     provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
-    names = {1: "nucleus"} if model.name in MODELS else {}
-    instances = instances_of(labels, None, found.scores, names, found.dropped, provenance)
+    names = model.class_names
+    instances = instances_of(labels, found.classes, found.scores, names, found.dropped, provenance)
     table = measure_objects(instances, image, regions, config=config)
     areas = None if regions is None else measure_regions(instances, regions)
     if in_pixels:
-        table = _pixels(table)
-        areas = None if areas is None else _pixels(areas)
+        table = in_pixel_units(table)
+        areas = None if areas is None else in_pixel_units(areas)
     return Counted(image, instances, table, areas, found.diameter, in_pixels)
 
 
-def _pixels(table: Table) -> Table:
+def in_pixel_units(table: Table) -> Table:
     """Call lengths pixels, and leave out millilitres."""
     named = {_pixel_name(name): column for name, column in table.columns.items() if not name.endswith("_ml")}
     return replace(table, columns=named)
@@ -220,7 +210,7 @@ def files_of(folder: PathLike, name: str, source: PathLike) -> dict[str, Path]:
     """Return where the results of an image always go, by kind."""
     suffix, place = suffix_of(Path(source)), Path(folder)
     return {
-        "labels": place / f"{name}_labels{suffix if suffix in _KEPT else '.tif'}",
+        "labels": place / f"{name}_labels{suffix if suffix in KEPT else '.tif'}",
         "table": place / f"{name}_objects.csv",
         "overlay": place / f"{name}_overlay.png",
         "qc": place / f"{name}_qc.json",

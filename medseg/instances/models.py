@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.bundle import Bundle, load_bundle
-from medseg.errors import BundleError, ConfigError
+from medseg.errors import BundleError, ConfigError, DataError
 from medseg.infer.runtime import choose_runtime, count_threads
 from medseg.instances.centre_model import (
     CentreNetwork,
@@ -23,7 +23,9 @@ from medseg.instances.centre_model import (
 )
 from medseg.instances.channels import check_channels
 from medseg.instances.diameter import estimate_diameter
+from medseg.labels import PanopticLabels
 from medseg.types import Array, PathLike
+from medseg.volume import Volume
 
 MODELS: dict[str, str] = {
     "nuclei2d": "Nuclei in 2D: fluorescence and H&E (trained on Data Science Bowl 2018, CC0).",
@@ -61,9 +63,42 @@ class ObjectModel:
         """How its maps become objects."""
         return self.network.settings
 
+    @property
+    def classes(self) -> PanopticLabels:
+        """The classes that it tells apart, things and stuff; one thing, where it finds objects alone."""
+        if self.name in MODELS:
+            return PanopticLabels(labels={"nucleus": 1}, things=("nucleus",))
+        named = {name: v for name, v in self.bundle.labels.foreground.items() if isinstance(v, int)}
+        things = tuple(name for name, value in named.items() if value in self.settings.things)
+        return PanopticLabels.from_dict({"labels": named, "things": things}, self.name)
+
     def with_settings(self, **changes: object) -> "ObjectModel":
         """Return the same model that makes objects in another way, e.g. ``threshold=0.4``."""
         return replace(self, network=replace(self.network, settings=self.settings.replace(**changes)))
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """What an object is called."""
+        return {value: self.classes.names[value] for value in self.classes.thing_values}
+
+    def find(self, image: Volume, diameter: float | None = None, in_pixels: bool = False) -> Found:
+        """Find the objects of a picture (2D models) or a volume (3D); see :meth:`segment`.
+
+        Raises
+        ------
+        DataError
+            A picture for a 3D model, a volume for a 2D one, or values that are not finite.
+        """
+        flat = image.shape[2] == 1
+        if flat != (self.network.dimensions == 2):
+            kind = "picture" if flat else f"volume of {image.shape[2]} slices"
+            raise DataError(
+                f"{self.name} finds objects in {self.network.dimensions}D, and the image is a {kind}. "
+                "Take a model (--model) that was trained on such images."
+            )
+        array = image.array[..., 0] if flat else image.array
+        spacing = None if in_pixels else image.spacing[: array.ndim - 1]
+        return self.segment(array, spacing, diameter, channel_axis=0)
 
     def segment(
         self,
@@ -190,6 +225,8 @@ def open_object_model(
     BundleError
         It does not find objects.
     """
+    if bundle.settings.detection is not None:
+        raise BundleError(f"{name}: is a detector. Use it with medseg panoptic and --semantic.")
     if bundle.task != "centre-offset":
         raise BundleError(f"{name}: labels voxels, and does not find objects. Use medseg predict.")
     settings = CentreSettings.from_dict(dict(bundle.card["settings"]), f"{name}, settings")

@@ -573,6 +573,8 @@ def _read_labels(layout: Layout) -> LabelSet | None:
         if isinstance(given, list | tuple):
             given = {str(name): value for value, name in enumerate(given)}
         if isinstance(given, Mapping) and given:
+            if "things" in layout.description:  # classes of voxels, of which nothing need not be named
+                given = {"background": 0, **given}
             return LabelSet.parse(given, layout.description.get("regions_class_order"))
         if layout.kind in ("nnunet", "msd"):
             raise LabelError("labels: dataset.json does not name them")
