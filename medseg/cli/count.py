@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medseg.instances.finders import FINDERS
+
 if TYPE_CHECKING:
-    from medseg.instances.models import ObjectModel
+    from medseg.instances.finders import Finder
 
 FLAG = " "
 
@@ -29,8 +31,8 @@ def count(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="nuclei2d|nuclei3d|BUNDLE",
-            help="What finds the objects.",
+            metavar="NAME|BUNDLE",
+            help=f"What finds the objects: {', '.join(FINDERS)}, or a trained bundle.",
             show_default="nuclei2d for a picture, nuclei3d for a volume",
         ),
     ] = None,
@@ -47,7 +49,7 @@ def count(
         typer.Option(
             min=0.0,
             help="Of a usual object, in the unit of the image.",
-            show_default="estimated from the image",
+            show_default="nuclei2d and nuclei3d estimate it",
         ),
     ] = None,
     regions: Annotated[
@@ -56,6 +58,9 @@ def count(
     export: Annotated[
         list[Export] | None, typer.Option(help="Outlines of a picture, or the table for data frames.")
     ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: weights to use instead of a download; repeatable.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="All cores, if not given.")] = None,
     json: Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print the result as JSON.")] = False,
 ) -> None:
@@ -63,6 +68,7 @@ def count(
 
     Writes NAME_labels, NAME_objects.csv, NAME_overlay.png and NAME_qc.json for each image, and counts.csv.
     """
+    from medseg.cli.prompt_words import read_weights
     from medseg.errors import ConfigError
     from medseg.files import check_writable
     from medseg.instances.count import write_summary
@@ -71,8 +77,9 @@ def count(
     paths = _listed(images)
     if regions is not None and len(paths) > 1:
         raise ConfigError(f"--regions is for one image, not for {len(paths)}.")
+    opening = {"threads": threads, "weights": read_weights(weights or ())}
     rows, failures = _count_all(
-        paths, out, model, pixel_size, diameter, regions, [e.value for e in export or []], threads
+        paths, out, model, pixel_size, diameter, regions, [e.value for e in export or []], opening
     )
     if rows:
         write_summary(rows, out / "counts.csv")
@@ -114,7 +121,7 @@ def _count_all(
     diameter: float | None,
     regions: Path | None,
     export: list[Any],
-    threads: int | None,
+    opening: dict[str, Any],
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Count image after image; one that fails does not stop the others."""
     from medseg.errors import MedsegError
@@ -130,13 +137,13 @@ def _count_all(
     from medseg.io.formats import stem_of
     from medseg.log import progress
 
-    loaded: dict[str, ObjectModel] = {}
+    loaded: dict[str, Finder] = {}
     rows: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
     for path in progress(paths, "Counting"):
         try:
             volume = read_measured(path, pixel_size)
-            finder = _open(model or default_model(volume), loaded, threads)
+            finder = _open(model or default_model(volume), loaded, opening)
             inside = None if regions is None else read(regions)
             found = count_objects(volume, finder, diameter, inside, pixel_size == PIXELS)
             files = write_counted(found, out, stem_of(path), path, export)
@@ -148,11 +155,11 @@ def _count_all(
     return rows, failures
 
 
-def _open(name: str, loaded: "dict[str, ObjectModel]", threads: int | None) -> "ObjectModel":
-    from medseg.instances.models import load_object_model
+def _open(name: str, loaded: "dict[str, Finder]", opening: dict[str, Any]) -> "Finder":
+    from medseg.instances.finders import open_finder
 
     if name not in loaded:
-        loaded[name] = load_object_model(name, threads=threads)
+        loaded[name] = open_finder(name, **opening)
     return loaded[name]
 
 

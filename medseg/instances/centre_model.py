@@ -69,8 +69,8 @@ class Found:
         Objects 1..K; 0 = background.
     scores : (K,) float32
         Mean probability of the voxels of each.
-    diameter : float
-        Of objects, physical, that the image was read with.
+    diameter : float or None
+        Of objects, physical, that the image was read with; None: by something that does not ask for it.
     unassigned : int
         Voxels of objects whose vote was far from any centre; they are among what was dropped.
     dropped : tuple of Dropped
@@ -79,7 +79,7 @@ class Found:
 
     labels: IntArray
     scores: FloatArray
-    diameter: float
+    diameter: float | None
     unassigned: int
     dropped: tuple[Dropped, ...]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from medseg import __version__
-from medseg.errors import ConfigError, DataError, GeometryError
+from medseg.errors import ConfigError, GeometryError
 from medseg.files import write_text
 from medseg.instances.export import (
     write_csv,
@@ -19,7 +19,7 @@ from medseg.instances.export import (
     write_qc,
     write_rois,
 )
-from medseg.instances.models import MODELS, ObjectModel
+from medseg.instances.finders import Finder
 from medseg.instances.scale import knows_spacing, parse_spacing, require_spacing, with_spacing
 from medseg.instances.schema import Instances, instances_of
 from medseg.instances.table import MeasureConfig, Table, measure_objects, measure_regions
@@ -46,8 +46,8 @@ class Counted:
         A row an object; of an image without a scale, lengths are in pixels (``..._px``).
     regions : Table or None
         A row a region: counts and densities.
-    diameter : float
-        Of objects, as the image was read, in the unit of the image.
+    diameter : float or None
+        Of objects, as the image was read, in the unit of the image; None: the model does not ask for it.
     in_pixels : bool
         The image has no scale.
     """
@@ -56,7 +56,7 @@ class Counted:
     instances: Instances
     table: Table
     regions: Table | None
-    diameter: float
+    diameter: float | None
     in_pixels: bool
 
 
@@ -82,25 +82,13 @@ def read_measured(path: PathLike, pixel_size: str | None) -> Volume:
 
 
 def default_model(volume: Volume) -> str:
-    """Return the shipped model for a picture, or for a volume.
-
-    Raises
-    ------
-    ConfigError
-        There is none.
-    """
-    name = "nuclei2d" if volume.shape[2] == 1 else "nuclei3d"
-    if name not in MODELS:
-        raise ConfigError(
-            f"no model for volumes ({volume.shape[2]} slices) is in the package. Give --model BUNDLE of "
-            "medseg train --task centre-offset."
-        )
-    return name
+    """Return the shipped model for a picture, or for a volume."""
+    return "nuclei2d" if volume.shape[2] == 1 else "nuclei3d"
 
 
 def count_objects(
     image: Volume,
-    model: ObjectModel,
+    model: Finder,
     diameter: float | None = None,
     regions: Volume | None = None,
     in_pixels: bool = False,
@@ -112,9 +100,9 @@ def count_objects(
     ----------
     image : Volume
         A picture (one voxel along k) for a 2D model, a volume for a 3D one; channels as the model takes them.
-    model : ObjectModel
+    model : Finder
     diameter : float, optional
-        Of objects, in the unit of the image; estimated from the image if not given.
+        Of objects, in the unit of the image; where the model has to know it, it is estimated if not given.
     regions : Volume, optional
         Label map to count in.
     in_pixels : bool
@@ -126,20 +114,10 @@ def count_objects(
     DataError
         A picture for a 3D model, a volume for a 2D one, or values that are not finite.
     """
-    flat = image.shape[2] == 1
-    if flat != (model.network.dimensions == 2):
-        kind = "picture" if flat else f"volume of {image.shape[2]} slices"
-        raise DataError(
-            f"{model.name} finds objects in {model.network.dimensions}D, and the image is a {kind}. "
-            "Take a model (--model) that was trained on such images."
-        )
-    array = image.array[..., 0] if flat else image.array
-    spacing = None if in_pixels else image.spacing[: array.ndim - 1]
-    found = model.segment(array, spacing, diameter, channel_axis=0)
+    found = model.find(image, diameter, in_pixels)
     labels = image.with_array(found.labels.reshape(1, *image.shape))
     provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
-    names = {1: "nucleus"} if model.name in MODELS else {}
-    instances = instances_of(labels, None, found.scores, names, found.dropped, provenance)
+    instances = instances_of(labels, None, found.scores, model.class_names, found.dropped, provenance)
     table = measure_objects(instances, image, regions, config=config)
     areas = None if regions is None else measure_regions(instances, regions)
     if in_pixels:
@@ -217,7 +195,7 @@ def describe_counted(counted: Counted, files: Mapping[str, Path]) -> dict[str, A
         "objects": len(instances),
         "model": instances.provenance["model"],
         "unit": unit,
-        "diameter": round(float(counted.diameter), 3),
+        "diameter": None if counted.diameter is None else round(counted.diameter, 3),
         "size": None if not len(sizes) else {"column": size, "median": float(np.median(sizes))},
         "touching_border": int(np.sum(counted.table.columns["touches_border"])) if len(instances) else 0,
         "dropped": [{"rule": d.rule, "count": d.count, "voxels": d.voxels} for d in instances.dropped],

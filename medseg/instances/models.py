@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from medseg.bundle import Bundle, load_bundle
-from medseg.errors import BundleError, ConfigError
+from medseg.errors import BundleError, ConfigError, DataError
 from medseg.infer.runtime import choose_runtime, count_threads
 from medseg.instances.centre_model import CentreNetwork, CentreSettings, Found, prepare_image
 from medseg.instances.diameter import estimate_diameter
+from medseg.instances.finders import FINDERS
 from medseg.types import Array, PathLike
+from medseg.volume import Volume
 
 MODELS: dict[str, str] = {
     "nuclei2d": "Nuclei in 2D: fluorescence and H&E (trained on Data Science Bowl 2018, CC0).",
@@ -53,6 +55,30 @@ class ObjectModel:
     def with_settings(self, **changes: object) -> "ObjectModel":
         """Return the same model that makes objects in another way, e.g. ``threshold=0.4``."""
         return replace(self, network=replace(self.network, settings=self.settings.replace(**changes)))
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """What an object is called."""
+        return {1: "nucleus"} if self.name in MODELS else {}
+
+    def find(self, image: Volume, diameter: float | None = None, in_pixels: bool = False) -> Found:
+        """Find the objects of a picture (2D models) or a volume (3D); see :meth:`segment`.
+
+        Raises
+        ------
+        DataError
+            A picture for a 3D model, a volume for a 2D one, or values that are not finite.
+        """
+        flat = image.shape[2] == 1
+        if flat != (self.network.dimensions == 2):
+            kind = "picture" if flat else f"volume of {image.shape[2]} slices"
+            raise DataError(
+                f"{self.name} finds objects in {self.network.dimensions}D, and the image is a {kind}. "
+                "Take a model (--model) that was trained on such images."
+            )
+        array = image.array[..., 0] if flat else image.array
+        spacing = None if in_pixels else image.spacing[: array.ndim - 1]
+        return self.segment(array, spacing, diameter, channel_axis=0)
 
     def segment(
         self,
@@ -131,7 +157,7 @@ def find_model(name: PathLike) -> Path:
     if str(name) in MODELS:
         return Path(__file__).parent / "weights" / f"{name}.medseg"
     if not Path(name).exists():
-        raise BundleError(f"{name}: no such model. Use {', '.join(MODELS)}, or the path of a bundle.")
+        raise BundleError(f"{name}: no such model. Use {', '.join(FINDERS)}, or the path of a bundle.")
     return Path(name)
 
 
