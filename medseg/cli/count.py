@@ -1,16 +1,18 @@
 """``medseg count``."""
 
 import json as json_module
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medseg.instances.finders import FINDERS
+from medseg.instances.finders import FILES, FINDERS, REFINERS
 
 if TYPE_CHECKING:
     from medseg.instances.finders import Finder
+    from medseg.instances.refine import Refiner
 
 FLAG = " "
 
@@ -32,7 +34,7 @@ def count(
         str | None,
         typer.Option(
             metavar="NAME|BUNDLE",
-            help=f"What finds the objects: {', '.join(FINDERS)}, or a trained bundle.",
+            help=f"What finds the objects: {', '.join((*FINDERS, *FILES))}, or a trained bundle.",
             show_default="nuclei2d for a picture, nuclei3d for a volume",
         ),
     ] = None,
@@ -58,6 +60,12 @@ def count(
     export: Annotated[
         list[Export] | None, typer.Option(help="Outlines of a picture, or the table for data frames.")
     ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help=f"Draw each object anew, prompted by its box: {', '.join(REFINERS)}."
+        ),
+    ] = None,
     weights: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE: weights to use instead of a download; repeatable.")
     ] = None,
@@ -72,15 +80,16 @@ def count(
     from medseg.errors import ConfigError
     from medseg.files import check_writable
     from medseg.instances.count import write_summary
+    from medseg.instances.finders import open_refiner
 
     check_writable(out, folder=True)
     paths = _listed(images)
     if regions is not None and len(paths) > 1:
         raise ConfigError(f"--regions is for one image, not for {len(paths)}.")
-    opening = {"threads": threads, "weights": read_weights(weights or ())}
-    rows, failures = _count_all(
-        paths, out, model, pixel_size, diameter, regions, [e.value for e in export or []], opening
-    )
+    files = read_weights(weights or ())
+    asked = _Asked(model, pixel_size, diameter, regions, tuple(export or ()), threads, files)
+    refiner = None if refine is None else open_refiner(refine, threads, files)
+    rows, failures = _count_all(paths, out, asked, refiner)
     if rows:
         write_summary(rows, out / "counts.csv")
     if json:
@@ -113,18 +122,43 @@ def _listed(images: list[Path]) -> list[Path]:
     return paths
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The options that are about each image, by the names of the command's parameters."""
+
+    model: str | None
+    pixel_size: str | None
+    diameter: float | None
+    regions: Path | None
+    export: tuple[Export, ...]
+    threads: int | None
+    weights: dict[str, Path]
+
+
 def _count_all(
-    paths: list[Path],
-    out: Path,
-    model: str | None,
-    pixel_size: str | None,
-    diameter: float | None,
-    regions: Path | None,
-    export: list[Any],
-    opening: dict[str, Any],
+    paths: list[Path], out: Path, asked: _Asked, refiner: "Refiner | None"
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Count image after image; one that fails does not stop the others."""
     from medseg.errors import MedsegError
+    from medseg.log import progress
+
+    loaded: dict[str, Finder] = {}
+    rows: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    for path in progress(paths, "Counting"):
+        try:
+            rows.append(_count_one(path, out, asked, refiner, loaded))
+        except MedsegError as error:
+            if len(paths) == 1:
+                raise
+            failures[path.name] = str(error)
+    return rows, failures
+
+
+def _count_one(
+    path: Path, out: Path, asked: _Asked, refiner: "Refiner | None", loaded: "dict[str, Finder]"
+) -> dict[str, Any]:
+    """Count one image, with finders that are loaded once."""
     from medseg.instances.count import (
         PIXELS,
         count_objects,
@@ -133,34 +167,19 @@ def _count_all(
         read_measured,
         write_counted,
     )
+    from medseg.instances.finders import open_finder
     from medseg.io import read
     from medseg.io.formats import stem_of
-    from medseg.log import progress
 
-    loaded: dict[str, Finder] = {}
-    rows: list[dict[str, Any]] = []
-    failures: dict[str, str] = {}
-    for path in progress(paths, "Counting"):
-        try:
-            volume = read_measured(path, pixel_size)
-            finder = _open(model or default_model(volume), loaded, opening)
-            inside = None if regions is None else read(regions)
-            found = count_objects(volume, finder, diameter, inside, pixel_size == PIXELS)
-            files = write_counted(found, out, stem_of(path), path, export)
-            rows.append({"image": path.name} | describe_counted(found, files))
-        except MedsegError as error:
-            if len(paths) == 1:
-                raise
-            failures[path.name] = str(error)
-    return rows, failures
-
-
-def _open(name: str, loaded: "dict[str, Finder]", opening: dict[str, Any]) -> "Finder":
-    from medseg.instances.finders import open_finder
-
+    volume = read_measured(path, asked.pixel_size)
+    name = asked.model or default_model(volume)
     if name not in loaded:
-        loaded[name] = open_finder(name, **opening)
-    return loaded[name]
+        loaded[name] = open_finder(name, asked.threads, asked.weights)
+    regions = None if asked.regions is None else read(asked.regions)
+    in_pixels = asked.pixel_size == PIXELS
+    found = count_objects(volume, loaded[name], asked.diameter, regions, in_pixels, refiner=refiner)
+    files = write_counted(found, out, stem_of(path), path, [each.value for each in asked.export])
+    return {"image": path.name} | describe_counted(found, files)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -171,7 +190,11 @@ def _line(row: dict[str, Any]) -> str:
         kind, unit = size["column"].split("_", 1)
         median = f", median {kind} {size['median']:.4g} {unit}"
     left = f", {dropped} dropped (see the QC file)" if dropped else ""
-    return f"{row['image']}: {row['objects']} objects{median}{left}"
+    drawn = ""
+    if row["refined"] is not None:
+        before = sum(each["sections"] for each in row["refined"]["sections_as_before"])
+        drawn = f", {row['refined']['sections_accepted']} sections drawn anew and {before} left as they were"
+    return f"{row['image']}: {row['objects']} objects{median}{drawn}{left}"
 
 
 def _settle(failures: dict[str, str], count: int) -> None:

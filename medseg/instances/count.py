@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,10 @@ from medseg.io import read
 from medseg.io.formats import suffix_of
 from medseg.types import PathLike
 from medseg.volume import Volume
+
+if TYPE_CHECKING:
+    from medseg.instances.centre_model import Found
+    from medseg.instances.refine import Refiner
 
 Further = Literal["geojson", "roi", "parquet"]
 PIXELS = "pixel"
@@ -93,6 +97,7 @@ def count_objects(
     regions: Volume | None = None,
     in_pixels: bool = False,
     config: MeasureConfig | None = None,
+    refiner: "Refiner | None" = None,
 ) -> Counted:
     """Find and measure the objects of an image.
 
@@ -108,6 +113,8 @@ def count_objects(
     in_pixels : bool
         The image has no scale: lengths are called pixels, and the model is told none.
     config : MeasureConfig, optional
+    refiner : Refiner, optional
+        Draws each object anew before it is measured.
 
     Raises
     ------
@@ -115,8 +122,10 @@ def count_objects(
         A picture for a 3D model, a volume for a 2D one, or values that are not finite.
     """
     found = model.find(image, diameter, in_pixels)
-    labels = image.with_array(found.labels.reshape(1, *image.shape))
     provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
+    if refiner is not None:
+        found = _refined(image, found, refiner, provenance)
+    labels = image.with_array(found.labels.reshape(1, *image.shape))
     instances = instances_of(labels, None, found.scores, model.class_names, found.dropped, provenance)
     table = measure_objects(instances, image, regions, config=config)
     areas = None if regions is None else measure_regions(instances, regions)
@@ -124,6 +133,15 @@ def count_objects(
         table = _pixels(table)
         areas = None if areas is None else _pixels(areas)
     return Counted(image, instances, table, areas, found.diameter, in_pixels)
+
+
+def _refined(image: Volume, found: "Found", refiner: "Refiner", provenance: dict[str, Any]) -> "Found":
+    """Return the objects drawn anew; scores stay those of the model that found them."""
+    result = refiner.refine(image, found.labels)
+    provenance["refined"] = {"network": refiner.name, **result.to_dict()}
+    left = np.unique(result.labels)
+    scores = found.scores[left[left > 0] - 1]
+    return replace(found, labels=result.labels, scores=scores, dropped=(*found.dropped, *result.dropped))
 
 
 def _pixels(table: Table) -> Table:
@@ -199,6 +217,7 @@ def describe_counted(counted: Counted, files: Mapping[str, Path]) -> dict[str, A
         "size": None if not len(sizes) else {"column": size, "median": float(np.median(sizes))},
         "touching_border": int(np.sum(counted.table.columns["touches_border"])) if len(instances) else 0,
         "dropped": [{"rule": d.rule, "count": d.count, "voxels": d.voxels} for d in instances.dropped],
+        "refined": instances.provenance.get("refined"),
         "files": {kind: str(path) for kind, path in files.items()},
     }
 

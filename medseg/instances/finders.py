@@ -15,6 +15,7 @@ from medseg.types import PathLike
 
 if TYPE_CHECKING:
     from medseg.instances.centre_model import Found
+    from medseg.instances.refine import Refiner
     from medseg.volume import Volume
 
 _INSTANSEG = "InstanSeg's net (16 to 21 MB, fetched), by the size of a pixel"
@@ -31,6 +32,17 @@ FINDERS: dict[str, str] = {
     "sam-vit-h": f"{_SAM}.",
 }
 """Names that ``medseg count --model`` knows beside paths of bundles, and what each is for."""
+
+FILES: dict[str, str] = {
+    "labels:FILE": "A label map that another program has made.",
+    "cellpose:FILE": "A model of Cellpose 3, where medseg[cellpose] is installed.",
+    "stardist:FOLDER": "A model of StarDist, where medseg[stardist] is installed.",
+}
+"""What a path with a word before it stands for."""
+
+
+REFINERS = ("lite-medsam", "mobile-sam", "medsam-vit-b", "sam-vit-b", "sam-vit-l", "sam-vit-h")
+"""Networks that draw an object anew when they are shown its box."""
 
 
 class Finder(Protocol):
@@ -75,7 +87,7 @@ def open_finder(
 
     Parameters
     ----------
-    name : of :data:`FINDERS`, or a path
+    name : of :data:`FINDERS`, a path of a bundle, or a word of :data:`FILES` with a path
     threads : CPU threads; None uses every core that this process may use
     weights : files to use instead of downloads, by asset
 
@@ -86,9 +98,12 @@ def open_finder(
     AssetError
         Weights cannot be had.
     ConfigError
-        It is a network that cannot find objects by itself.
+        It is a network that cannot find objects by itself, or needs a package that is not installed.
     """
     text, given = str(name), dict(weights or {})
+    kind, colon, path = text.partition(":")
+    if colon and kind in ("labels", "cellpose", "stardist"):
+        return _open_file(kind, path)
     if text.startswith("instanseg-") and text in FINDERS:
         from medseg.instances.instanseg import KINDS, load_instanseg
 
@@ -104,3 +119,28 @@ def open_finder(
     from medseg.instances.models import load_object_model
 
     return load_object_model(name, threads=threads)
+
+
+def open_refiner(
+    name: str, threads: int | None = None, weights: Mapping[str, PathLike] | None = None
+) -> "Refiner":
+    """Open a network of :data:`REFINERS`; its weights are loaded when they are first needed.
+
+    Raises
+    ------
+    ConfigError
+        There is none of that name.
+    """
+    if name not in REFINERS:
+        raise ConfigError(f"{name}: does not refine objects. Use one of {', '.join(REFINERS)}.")
+    from medseg.instances.refine import Refiner
+
+    return Refiner(name, dict(weights or {}), threads)
+
+
+def _open_file(kind: str, path: str) -> Finder:
+    from medseg.instances import foreign
+
+    if kind == "labels":
+        return foreign.LabelMap(path)
+    return foreign.open_cellpose(path) if kind == "cellpose" else foreign.open_stardist(path)

@@ -25,6 +25,8 @@ from medseg.volume import Volume
 PICTURE = AutomaticConfig(
     points=32, batch=64, least_iou=0.88, least_stability=0.95, least_slices=1, most=1_000_000, size=1024
 )
+# Slices are many, and their objects large.
+STACK = AutomaticConfig(most=1_000_000)
 # Of a usual object: smaller masks are specks. Without a diameter, so many pixels are.
 _LEAST_PART, _LEAST_PIXELS = 0.1, 20
 _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
@@ -39,13 +41,18 @@ class SamFinder:
     name : of an asset that understands clicks
     weights : files to use instead of downloads, by asset
     threads : CPU threads
-    config : for volumes; None: the defaults of :class:`AutomaticConfig`. Pictures have :data:`PICTURE`.
+    config : of what is asked and kept; None: :data:`PICTURE` for a picture, :data:`STACK` for a volume. Its
+        areas and distances are in the unit of the image
     """
 
     name: str
     weights: Mapping[str, PathLike] = field(default_factory=dict)
     threads: int | None = None
     config: AutomaticConfig | None = None
+    _networks: Networks = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_networks", Networks(self.weights))
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -63,26 +70,34 @@ class SamFinder:
             Of a usual object: masks of less than a tenth of its area are specks.
         in_pixels : bool
             Does not matter.
+
+        Raises
+        ------
+        ConfigError
+            The network understands boxes only, or the diameter is no length.
+        DataError
+            It has several channels that are not those of a colour picture, or no finite voxel.
         """
         scene = grey_scene(image)
         axis = choose_axis(scene, ())
         config = self._settings(scene, axis, image.shape[2] == 1, diameter)
         with torch_threads(count_threads(self.threads)):
-            found = segment_everything(Networks(self.weights)(scene), config, axis)
+            found = segment_everything(self._networks(scene), config, axis)
         labels = restore_labels(scene, found.labels.astype(np.int32)).array[0]
         scores = np.array([each.iou for each in found.objects], np.float32)
         dropped = tuple(Dropped(each.rule, each.count, each.voxels) for each in found.left_out)
         return Found(labels[..., 0] if image.shape[2] == 1 else labels, scores, diameter, 0, dropped)
 
     def _settings(self, scene: Scene, axis: int, flat: bool, diameter: float | None) -> AutomaticConfig:
-        config = PICTURE if flat else self.config or AutomaticConfig(most=1_000_000)
-        pixel = float(np.prod([size for a, size in enumerate(scene.spacing) if a != axis]))
-        least = config.least_area_mm2 if not flat else _LEAST_PIXELS * pixel
+        config = (self.config or (PICTURE if flat else STACK)).replace(asset=self.name)
         if diameter is not None:
             if not np.isfinite(diameter) or diameter <= 0:
                 raise ConfigError(f"diameter {diameter}: expected more than 0.")
-            least = _LEAST_PART * usual_content(diameter, 2)
-        return config.replace(asset=self.name, least_area_mm2=least)
+            return config.replace(least_area_mm2=_LEAST_PART * usual_content(diameter, 2))
+        if self.config is not None:
+            return config
+        pixel = float(np.prod([size for a, size in enumerate(scene.spacing) if a != axis]))
+        return config.replace(least_area_mm2=_LEAST_PIXELS * pixel)
 
 
 def grey_scene(image: Volume) -> Scene:
@@ -93,15 +108,21 @@ def grey_scene(image: Volume) -> Scene:
     DataError
         It has several channels that are not those of a colour picture, or no finite voxel.
     """
-    with open_image(image.with_array(_grey(image.array)[None]), Options()) as session:
+    with open_image(image.with_array(to_grey(image.array)[None]), Options()) as session:
         return session.scene
 
 
-def _grey(array: Array) -> Array:
-    """Return one channel of (channel, i, j, k); an alpha channel shows nothing."""
+def to_grey(array: Array) -> Array:
+    """Return one channel of (channel, *shape); an alpha channel shows nothing.
+
+    Raises
+    ------
+    DataError
+        The channels are not those of a colour picture.
+    """
     array = one_if_equal(array if len(array) not in (2, 4) else array[:-1])
     if len(array) == 1:
         return np.asarray(array[0])
     if len(array) == 3:
         return np.asarray(np.tensordot(_GREY, array.astype(np.float32), 1), np.float32)
-    raise DataError(f"image with {len(array)} channels: SAM looks at one, or at colour. Choose a channel.")
+    raise DataError(f"image with {len(array)} channels: one is looked at, or colour. Choose a channel.")
