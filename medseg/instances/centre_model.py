@@ -75,6 +75,8 @@ class Found:
         Voxels of objects whose vote was far from any centre; they are among what was dropped.
     dropped : tuple of Dropped
         What was left out.
+    notes : tuple of str
+        What else a reader of the result should know.
     """
 
     labels: IntArray
@@ -82,6 +84,7 @@ class Found:
     diameter: float | None
     unassigned: int
     dropped: tuple[Dropped, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -122,7 +122,13 @@ def count_objects(
         A picture for a 3D model, a volume for a 2D one, or values that are not finite.
     """
     found = model.find(image, diameter, in_pixels)
-    provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
+    provenance: dict[str, Any] = {
+        "medseg": __version__,
+        "model": model.name,
+        "diameter": found.diameter,
+    }
+    if found.notes:
+        provenance["notes"] = list(found.notes)
     if refiner is not None:
         found = _refined(image, found, refiner, provenance)
     labels = image.with_array(found.labels.reshape(1, *image.shape))

@@ -210,17 +210,16 @@ class InstanSeg:
             gone = np.setdiff1d(np.arange(1, len(found.scores) + 1), seen)
             voxels = int(np.isin(found.labels, gone).sum())
             dropped.append(Dropped("smaller than a pixel of the image (pixels of the net)", lost, voxels))
+        notes: tuple[str, ...] = ()
         if found.cut:
-            logger.warning(
-                "%s: %d objects fill the window of %g micrometres that the net looks at, and may be cut. "
-                "If objects are large, say so with --diameter.",
-                self.name,
-                found.cut,
-                64 * self.pixel_um,
+            notes = (
+                f"{found.cut} objects reach the edge of the window of {64 * self.pixel_um:g} micrometres that"
+                f" {self.name} looks at, and may be cut. If objects are larger, say so with --diameter.",
             )
+            logger.warning("%s", notes[0])
         table = np.zeros(len(found.scores) + 1, np.int32)
         table[seen] = np.arange(1, len(seen) + 1)
-        return Found(table[labels], found.scores[seen - 1], None, 0, tuple(dropped))
+        return Found(table[labels], found.scores[seen - 1], None, 0, tuple(dropped), notes)
 
 
 def load_instanseg(

@@ -53,11 +53,13 @@ def test_a_model_file_of_cellpose_is_asked(tmp_path: Path) -> None:
 @pytest.mark.skipif(not importlib.util.find_spec("stardist"), reason="medseg[stardist] is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_folder_of_stardist_is_asked(tmp_path: Path) -> None:
+    import h5py
+    from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
     from stardist.models import Config2D, StarDist2D
 
     made = StarDist2D(Config2D(n_rays=16, grid=(2, 2)), name="net", basedir=str(tmp_path))
-    made.keras_model.save_weights(str(tmp_path / "net" / "weights_best.h5.weights.h5"))
-    (tmp_path / "net" / "weights_best.h5.weights.h5").rename(tmp_path / "net" / "weights_best.h5")
+    with h5py.File(tmp_path / "net" / "weights_best.h5", "w") as file:  # the layout of published models
+        save_weights_to_hdf5_group(file, made.keras_model)
     found = open_finder(f"stardist:{tmp_path / 'net'}").find(volume(nuclei()))
     assert found.labels.shape == (120, 110) and len(found.scores) == found.labels.max()
     with pytest.raises(BundleError, match=r"config\.json"):

@@ -89,6 +89,13 @@ def test_a_picture_of_another_scale_is_brought_to_that_of_the_net(
     assert found.labels.shape == image.shape and found.labels.dtype == np.int32
 
 
+def test_objects_that_the_window_may_cut_are_noted(nets: dict[str, InstanSeg]) -> None:
+    image, _ = drawn((150, 150), pitch=150, radius=40)
+    found = nets["instanseg-cells"].segment(image[None], (0.5, 0.5))
+    assert "window of 32 micrometres" in found.notes[0]
+    assert nets["instanseg-cells"].segment(drawn((72, 72))[0][None], (0.5, 0.5)).notes == ()
+
+
 def test_a_known_diameter_stands_for_the_size_of_a_pixel(nets: dict[str, InstanSeg]) -> None:
     image, labels = drawn((240, 240), pitch=48, radius=16)
     found = nets["instanseg-fluorescence"].find(picture(image, 1.0), diameter=30.0, in_pixels=True)
