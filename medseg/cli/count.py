@@ -54,6 +54,10 @@ def count(
             show_default="nuclei2d and nuclei3d estimate it",
         ),
     ] = None,
+    channel: Annotated[
+        int | None,
+        typer.Option(min=0, help="That shows the objects, from 0 on, where an image has several stains."),
+    ] = None,
     regions: Annotated[
         Path | None, typer.Option(help="Label map to count in (one image): counts and densities.")
     ] = None,
@@ -74,42 +78,55 @@ def count(
 ) -> None:
     """Find, count and measure the objects of images: label map, table, picture, and what was dropped.
 
-    Writes NAME_labels, NAME_objects.csv, NAME_overlay.png and NAME_qc.json for each image, and counts.csv.
+    Writes NAME_labels, NAME_objects.csv, NAME_overlay.png and NAME_qc.json for each image, counts.csv, and
+    report.html: a page to look at, which leads to NAME_report.html where there are several images.
     """
     from medseg.cli.prompt_words import read_weights
     from medseg.errors import ConfigError
     from medseg.files import check_writable
-    from medseg.instances.count import write_summary
+    from medseg.instances.count import PAGE, write_summary
+    from medseg.instances.count_page import build_index
     from medseg.instances.finders import open_refiner
 
     check_writable(out, folder=True)
-    paths = _listed(images)
+    paths = _listed(images, out)
     if regions is not None and len(paths) > 1:
         raise ConfigError(f"--regions is for one image, not for {len(paths)}.")
     files = read_weights(weights or ())
-    asked = _Asked(model, pixel_size, diameter, regions, tuple(export or ()), threads, files)
+    alone = len(paths) == 1
+    asked = _Asked(model, pixel_size, diameter, channel, regions, tuple(export or ()), threads, files, alone)
     refiner = None if refine is None else open_refiner(refine, threads, files)
     rows, failures = _count_all(paths, out, asked, refiner)
     if rows:
         write_summary(rows, out / "counts.csv")
+    if rows and len(paths) > 1:
+        build_index(rows, failures).write(out / PAGE)
     if json:
         typer.echo(json_module.dumps({"images": rows, "failures": failures}))
     else:
         for row in rows:
             typer.echo(_line(row))
-        typer.echo(f"Results: {out}")
+        if rows:
+            typer.echo(f"Results: {out / PAGE}")
     _settle(failures, len(paths))
 
 
-def _listed(images: list[Path]) -> list[Path]:
-    """Return the files, those of folders included; two of one name would overwrite each other."""
+def _listed(images: list[Path], out: Path) -> list[Path]:
+    """Return the files, those of folders included; no result may replace an image or another result."""
     from medseg.errors import ConfigError, ReadError
-    from medseg.io.formats import stem_of, suffix_of
+    from medseg.files import check_distinct
+    from medseg.instances.count import files_of
+    from medseg.io.formats import is_image, stem_of
 
     paths: list[Path] = []
     for given in images:
         if given.is_dir():
-            found = sorted(p for p in given.iterdir() if p.is_file() and suffix_of(p))
+            if out.exists() and out.samefile(given):
+                raise ConfigError(
+                    f"{out}: is the folder of the images, where results would be taken for images. Choose "
+                    "another folder."
+                )
+            found = sorted(p for p in given.iterdir() if is_image(p))
             if not found:
                 raise ReadError(f"{given}: holds no image that medseg reads.")
             paths += found
@@ -119,20 +136,26 @@ def _listed(images: list[Path]) -> list[Path]:
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise ConfigError(f"two images are called {double}: their results would overwrite each other.")
+    check_distinct((file for p in paths for file in files_of(out, stem_of(p), p).values()), paths)
     return paths
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """The options that are about each image, by the names of the command's parameters."""
+    """The options that are about each image, by the names of the command's parameters.
+
+    `alone`: there is no other image.
+    """
 
     model: str | None
     pixel_size: str | None
     diameter: float | None
+    channel: int | None
     regions: Path | None
     export: tuple[Export, ...]
     threads: int | None
     weights: dict[str, Path]
+    alone: bool
 
 
 def _count_all(
@@ -160,6 +183,7 @@ def _count_one(
 ) -> dict[str, Any]:
     """Count one image, with finders that are loaded once."""
     from medseg.instances.count import (
+        PAGE,
         PIXELS,
         count_objects,
         default_model,
@@ -177,8 +201,11 @@ def _count_one(
         loaded[name] = open_finder(name, asked.threads, asked.weights)
     regions = None if asked.regions is None else read(asked.regions)
     in_pixels = asked.pixel_size == PIXELS
-    found = count_objects(volume, loaded[name], asked.diameter, regions, in_pixels, refiner=refiner)
-    files = write_counted(found, out, stem_of(path), path, [each.value for each in asked.export])
+    found = count_objects(
+        volume, loaded[name], asked.diameter, regions, in_pixels, channel=asked.channel, refiner=refiner
+    )
+    page = PAGE if asked.alone else f"{stem_of(path)}_{PAGE}"
+    files = write_counted(found, out, stem_of(path), path, [each.value for each in asked.export], page)
     return {"image": path.name} | describe_counted(found, files)
 
 
@@ -189,12 +216,13 @@ def _line(row: dict[str, Any]) -> str:
     if size is not None:
         kind, unit = size["column"].split("_", 1)
         median = f", median {kind} {size['median']:.4g} {unit}"
-    left = f", {dropped} dropped (see the QC file)" if dropped else ""
+    left = f", {dropped} dropped (the page says why)" if dropped else ""
     drawn = ""
     if row["refined"] is not None:
         before = sum(each["sections"] for each in row["refined"]["sections_as_before"])
         drawn = f", {row['refined']['sections_accepted']} sections drawn anew and {before} left as they were"
-    return f"{row['image']}: {row['objects']} objects{median}{drawn}{left}"
+    count = f"{row['objects']} object{'' if row['objects'] == 1 else 's'}"
+    return "\n  note: ".join([f"{row['image']}: {count}{median}{drawn}{left}", *row["notes"]])
 
 
 def _settle(failures: dict[str, str], count: int) -> None:

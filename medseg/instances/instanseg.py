@@ -33,6 +33,7 @@ from medseg import assets
 from medseg.errors import ConfigError, DataError, GeometryError
 from medseg.infer.runtime import choose_device, count_threads, torch_threads
 from medseg.instances.centre_model import Found
+from medseg.instances.channels import check_channels
 from medseg.instances.dropped import Dropped
 from medseg.instances.rescale import Grid, labels_to_grid, normalise, one_if_equal, set_channels, to_grid
 from medseg.log import logger, progress
@@ -173,8 +174,11 @@ class InstanSeg:
         if max(abs(a / self.pixel_um - 1) for a in pixel_um) < 0.01:  # as InstanSeg: not worth a blur
             grid = Grid(shape, pixel_um, shape, pixel_um)
         # Without a cast, an image of whole numbers would be cut to whole numbers again.
-        shown = normalise(to_grid(one_if_equal(image).astype(np.float32), grid.shape), cut=_CUT)
         channels = KINDS[self.name].channels
+        image = one_if_equal(image)
+        if channels is not None:
+            check_channels(image, channels)
+        shown = normalise(to_grid(image.astype(np.float32), grid.shape), cut=_CUT)
         shown = shown if channels is None else set_channels(shown, channels)
         side = 2 * int(self.net.default_window_size)
         padding = [(0, max(0, side - n)) for n in shown.shape[1:]]

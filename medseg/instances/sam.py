@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from medseg.errors import ConfigError, DataError
+from medseg.errors import ConfigError
 from medseg.infer.runtime import count_threads, torch_threads
 from medseg.instances.centre_model import Found, usual_content
+from medseg.instances.channels import check_channels
 from medseg.instances.dropped import Dropped
 from medseg.instances.rescale import one_if_equal
 from medseg.prompt.automatic import AutomaticConfig, restore_labels, segment_everything
@@ -74,9 +75,10 @@ class SamFinder:
         Raises
         ------
         ConfigError
-            The network understands boxes only, or the diameter is no length.
+            The network understands boxes only, the diameter is no length, or there are several channels that
+            are not those of a colour picture.
         DataError
-            It has several channels that are not those of a colour picture, or no finite voxel.
+            The image has no finite voxel.
         """
         scene = grey_scene(image)
         axis = choose_axis(scene, ())
@@ -105,24 +107,35 @@ def grey_scene(image: Volume) -> Scene:
 
     Raises
     ------
+    ConfigError
+        It has several channels that are not those of a colour picture.
     DataError
-        It has several channels that are not those of a colour picture, or no finite voxel.
+        It has no finite voxel.
     """
-    with open_image(image.with_array(to_grey(image.array)[None]), Options()) as session:
+    with open_image(image.with_array(_flat_grey(image)[None]), Options()) as session:
         return session.scene
 
 
+def _flat_grey(image: Volume) -> Array:
+    """Return (i, j, k)."""
+    if image.shape[2] != 1:
+        check_channels(image.array, 1)
+        return np.asarray(image.array[0])
+    return to_grey(image.array[..., 0])[..., None]
+
+
 def to_grey(array: Array) -> Array:
-    """Return one channel of (channel, *shape); an alpha channel shows nothing.
+    """Return one channel of (channel, i, j); an alpha channel shows nothing.
 
     Raises
     ------
-    DataError
+    ConfigError
         The channels are not those of a colour picture.
     """
-    array = one_if_equal(array if len(array) not in (2, 4) else array[:-1])
+    array = one_if_equal(array)
+    check_channels(array, 1)
+    if len(array) in (2, 4):
+        array = array[:-1]
     if len(array) == 1:
         return np.asarray(array[0])
-    if len(array) == 3:
-        return np.asarray(np.tensordot(_GREY, array.astype(np.float32), 1), np.float32)
-    raise DataError(f"image with {len(array)} channels: one is looked at, or colour. Choose a channel.")
+    return np.asarray(np.tensordot(_GREY, array.astype(np.float32), 1), np.float32)

@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from medseg.errors import Cancelled, ConfigError, DatasetError, MedsegError
+from medseg.errors import ConfigError
 from medseg.io.grids import FLAT_NOTE
-from medseg.log import logger, progress
+from medseg.log import logger
 from medseg.metrics.aggregated_jaccard import aggregated_jaccard, aggregated_jaccard_plus
 from medseg.metrics.average_precision import IOU_THRESHOLDS, CellPrecision, cell_average_precision
+from medseg.metrics.cases import check_grids, measure_cases, pair_aloud
 from medseg.metrics.cell_tracking import TrackingCounts, tracking_counts
 from medseg.metrics.counting import CountAgreement, count_agreement
 from medseg.metrics.definitions import Failure
-from medseg.metrics.evaluation import check_grids, warn_alone
 from medseg.metrics.matching import EmptyPolicy, Matching, match_objects
 from medseg.metrics.mistakes import KINDS, Kind, Mistake, find_mistakes
 from medseg.metrics.overlap_table import OverlapTable, overlap_table
-from medseg.metrics.pairing import NamedMaps, Pair, load_label_map, pair_cases
+from medseg.metrics.pairing import NamedMaps, Pair, load_label_map
 from medseg.metrics.panoptic import PanopticQuality, panoptic_quality
 from medseg.metrics.summary import Statistic, bootstrap_weights, summarize
 from medseg.types import PathLike
@@ -216,9 +216,7 @@ def evaluate_instances(
     if resamples < 1:
         raise ConfigError(f"resamples is {resamples}: expected at least 1 (1000 or more make sense).")
     empty = empty or EmptyPolicy()
-    pairing = pair_cases(predictions, references)
-    warn_alone(pairing.predictions_alone, "predictions have no reference")
-    warn_alone(pairing.references_alone, "references have no prediction")
+    pairing = pair_aloud(predictions, references)
     tables, failures = _tables(pairing.pairs)
     matches = [match_objects(table, tau) for _, table in tables]
     parts = [_Parts(table, match) for (_, table), match in zip(tables, matches, strict=True)]
@@ -278,27 +276,18 @@ class _Parts:
 
 
 def _tables(pairs: Sequence[Pair]) -> tuple[list[tuple[Pair, OverlapTable]], tuple[Failure, ...]]:
-    tables: list[tuple[Pair, OverlapTable]] = []
-    failures = []
-    for pair in progress(pairs, "evaluate objects"):
-        try:
-            reference, prediction = load_pair(pair)
-            tables.append((pair, overlap_table(reference.array[0], prediction.array[0])))
-        except Cancelled:
-            raise
-        except (MedsegError, MemoryError) as error:
-            reason = str(error).removeprefix(f"{pair.name}: ") or "out of memory"
-            failures.append(Failure(pair.name, reason))
-            logger.error("%s: not measured. %s", pair.name, reason)
-    if not tables:
-        first = f"{failures[0].case}: {failures[0].error}"
-        raise DatasetError(f"none of the {len(failures)} cases could be measured. First: {first}")
+    tables, failures = measure_cases(pairs, "evaluate objects", _table)
     if max(max(table.n_ref, table.n_pred) for _, table in tables) == 1:
         logger.warning(
             "No map holds more than one object. If these are masks of a class, number their parts first: "
             "an object is a label of its own."
         )
-    return tables, tuple(failures)
+    return tables, failures
+
+
+def _table(pair: Pair) -> tuple[Pair, OverlapTable]:
+    reference, prediction = load_pair(pair)
+    return pair, overlap_table(reference.array[0], prediction.array[0])
 
 
 def _row(k: int, case: str, parts: _Parts, precision: CellPrecision, empty: EmptyPolicy) -> InstanceRow:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medseg.errors import ConfigError, DataError
+from medseg.errors import ConfigError
 from medseg.instances.count import count_objects
 from medseg.instances.sam import PICTURE, STACK, SamFinder, to_grey
 from medseg.train.centre_measure import count_matches
@@ -44,7 +44,7 @@ def test_networks_of_boxes_strange_channels_and_wrong_sizes_are_refused(lite_med
         SamFinder("lite-medsam", {"lite-medsam": lite_medsam_path}).find(volume(nuclei()))
     with pytest.raises(ConfigError, match="diameter"):
         SamFinder("mobile-sam").find(volume(nuclei()), diameter=-1.0)
-    with pytest.raises(DataError, match="5 channels"):
+    with pytest.raises(ConfigError, match="5 channels"):
         to_grey(np.stack([nuclei() + c for c in range(5)]))
 
 
