@@ -9,6 +9,18 @@
    else to the lower number. So the result does not depend on any order.
 
 An object whose pixels have all gone to its neighbours is dropped, and listed.
+
+It helps coarse objects and does nothing for good ones, so it is never done unasked. On 10 held-out images of
+Data Science Bowl 2018 (405 nuclei; TP / (TP + FP + FN) at IoU 0.5 / 0.7):
+
+=============================  ===========  ============================  ==============
+objects                        as found     LiteMedSAM (margin 0.1)       MobileSAM
+=============================  ===========  ============================  ==============
+Otsu and watershed             .455 / .243  .474 / .263                   .515 / .310
+``nuclei2d``                   .677 / .428  .649 / .382                   .677 / .443
+=============================  ===========  ============================  ==============
+
+(``python -m tests.benchmarks.instances.nuclei 2d DATA --first 10 --most-pixels 160000 --refine mobile-sam``)
 """
 
 from collections.abc import Iterator, Mapping

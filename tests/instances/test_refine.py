@@ -83,7 +83,7 @@ def test_a_pixel_in_dispute_goes_to_the_higher_logit_and_a_tie_to_the_lower_numb
         results = [
             settle(flat(left, right), iter(some), CONFIG, Notes()) for some in (answers, answers[::-1])
         ]
-        np.testing.assert_array_equal(*results)
+        np.testing.assert_array_equal(results[0], results[1])
         assert (results[0][10:16, 25] == owner).all()
 
 
