@@ -71,6 +71,7 @@ pins: ## write constraints.txt anew from an empty environment
 	.venv-pins/bin/python $(PIP) install torch==2.13.0 -e '.[dev,tensorboard]'
 	@sed -n '/^#/p' constraints.txt > .venv-pins/constraints.txt && echo 'torch==2.13.0' >> .venv-pins/constraints.txt
 	.venv-pins/bin/python -m pip freeze --exclude-editable | grep -v '^torch==' >> .venv-pins/constraints.txt
+	@grep -E '^(cellpose|stardist|tensorflow)==' constraints.txt >> .venv-pins/constraints.txt # extras, not in it
 	mv .venv-pins/constraints.txt constraints.txt && rm -rf .venv-pins
 
 clean: ## remove what the targets made; environments too

@@ -71,6 +71,12 @@ def mobile_sam_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def instanseg_paths() -> dict[str, Path]:
+    """InstanSeg's nets by the names of their assets (16 and 21 MB)."""
+    return {name: _asset(name) for name in ("instanseg-fluorescence", "instanseg-brightfield")}
+
+
+@pytest.fixture(scope="session")
 def peer_python() -> Path:
     """Python of an environment that has nnU-Net 2.8.1 (``make peers``), or the one MEDSEG_PEERS names."""
     given = os.environ.get("MEDSEG_PEERS")

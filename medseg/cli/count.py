@@ -1,14 +1,18 @@
 """``medseg count``."""
 
 import json as json_module
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medseg.instances.finders import FILES, FINDERS, REFINERS
+
 if TYPE_CHECKING:
-    from medseg.instances.models import ObjectModel
+    from medseg.instances.finders import Finder
+    from medseg.instances.refine import Refiner
 
 FLAG = " "
 
@@ -29,8 +33,8 @@ def count(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="nuclei2d|nuclei3d|BUNDLE",
-            help="What finds the objects.",
+            metavar="NAME|BUNDLE",
+            help=f"What finds the objects: {', '.join((*FINDERS, *FILES))}, or a trained bundle.",
             show_default="nuclei2d for a picture, nuclei3d for a volume",
         ),
     ] = None,
@@ -47,7 +51,7 @@ def count(
         typer.Option(
             min=0.0,
             help="Of a usual object, in the unit of the image.",
-            show_default="estimated from the image",
+            show_default="nuclei2d and nuclei3d estimate it",
         ),
     ] = None,
     channel: Annotated[
@@ -60,6 +64,15 @@ def count(
     export: Annotated[
         list[Export] | None, typer.Option(help="Outlines of a picture, or the table for data frames.")
     ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help=f"Draw each object anew, prompted by its box: {', '.join(REFINERS)}."
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: weights to use instead of a download; repeatable.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="All cores, if not given.")] = None,
     json: Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print the result as JSON.")] = False,
 ) -> None:
@@ -68,18 +81,22 @@ def count(
     Writes NAME_labels, NAME_objects.csv, NAME_overlay.png and NAME_qc.json for each image, counts.csv, and
     report.html: a page to look at, which leads to NAME_report.html where there are several images.
     """
+    from medseg.cli.prompt_words import read_weights
     from medseg.errors import ConfigError
     from medseg.files import check_writable
     from medseg.instances.count import PAGE, write_summary
     from medseg.instances.count_page import build_index
+    from medseg.instances.finders import open_refiner
 
     check_writable(out, folder=True)
     paths = _listed(images, out)
     if regions is not None and len(paths) > 1:
         raise ConfigError(f"--regions is for one image, not for {len(paths)}.")
-    rows, failures = _count_all(
-        paths, out, model, pixel_size, diameter, channel, regions, [e.value for e in export or []], threads
-    )
+    files = read_weights(weights or ())
+    alone = len(paths) == 1
+    asked = _Asked(model, pixel_size, diameter, channel, regions, tuple(export or ()), threads, files, alone)
+    refiner = None if refine is None else open_refiner(refine, threads, files)
+    rows, failures = _count_all(paths, out, asked, refiner)
     if rows:
         write_summary(rows, out / "counts.csv")
     if rows and len(paths) > 1:
@@ -123,19 +140,48 @@ def _listed(images: list[Path], out: Path) -> list[Path]:
     return paths
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The options that are about each image, by the names of the command's parameters.
+
+    `alone`: there is no other image.
+    """
+
+    model: str | None
+    pixel_size: str | None
+    diameter: float | None
+    channel: int | None
+    regions: Path | None
+    export: tuple[Export, ...]
+    threads: int | None
+    weights: dict[str, Path]
+    alone: bool
+
+
 def _count_all(
-    paths: list[Path],
-    out: Path,
-    model: str | None,
-    pixel_size: str | None,
-    diameter: float | None,
-    channel: int | None,
-    regions: Path | None,
-    export: list[Any],
-    threads: int | None,
+    paths: list[Path], out: Path, asked: _Asked, refiner: "Refiner | None"
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Count image after image; one that fails does not stop the others."""
     from medseg.errors import MedsegError
+    from medseg.log import progress
+
+    loaded: dict[str, Finder] = {}
+    rows: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    for path in progress(paths, "Counting"):
+        try:
+            rows.append(_count_one(path, out, asked, refiner, loaded))
+        except MedsegError as error:
+            if len(paths) == 1:
+                raise
+            failures[path.name] = str(error)
+    return rows, failures
+
+
+def _count_one(
+    path: Path, out: Path, asked: _Asked, refiner: "Refiner | None", loaded: "dict[str, Finder]"
+) -> dict[str, Any]:
+    """Count one image, with finders that are loaded once."""
     from medseg.instances.count import (
         PAGE,
         PIXELS,
@@ -145,35 +191,22 @@ def _count_all(
         read_measured,
         write_counted,
     )
+    from medseg.instances.finders import open_finder
     from medseg.io import read
     from medseg.io.formats import stem_of
-    from medseg.log import progress
 
-    loaded: dict[str, ObjectModel] = {}
-    rows: list[dict[str, Any]] = []
-    failures: dict[str, str] = {}
-    for path in progress(paths, "Counting"):
-        try:
-            volume = read_measured(path, pixel_size)
-            finder = _open(model or default_model(volume), loaded, threads)
-            inside = None if regions is None else read(regions)
-            found = count_objects(volume, finder, diameter, inside, pixel_size == PIXELS, channel=channel)
-            page = PAGE if len(paths) == 1 else f"{stem_of(path)}_{PAGE}"
-            files = write_counted(found, out, stem_of(path), path, export, page)
-            rows.append({"image": path.name} | describe_counted(found, files))
-        except MedsegError as error:
-            if len(paths) == 1:
-                raise
-            failures[path.name] = str(error)
-    return rows, failures
-
-
-def _open(name: str, loaded: "dict[str, ObjectModel]", threads: int | None) -> "ObjectModel":
-    from medseg.instances.models import load_object_model
-
+    volume = read_measured(path, asked.pixel_size)
+    name = asked.model or default_model(volume)
     if name not in loaded:
-        loaded[name] = load_object_model(name, threads=threads)
-    return loaded[name]
+        loaded[name] = open_finder(name, asked.threads, asked.weights)
+    regions = None if asked.regions is None else read(asked.regions)
+    in_pixels = asked.pixel_size == PIXELS
+    found = count_objects(
+        volume, loaded[name], asked.diameter, regions, in_pixels, channel=asked.channel, refiner=refiner
+    )
+    page = PAGE if asked.alone else f"{stem_of(path)}_{PAGE}"
+    files = write_counted(found, out, stem_of(path), path, [each.value for each in asked.export], page)
+    return {"image": path.name} | describe_counted(found, files)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -184,8 +217,12 @@ def _line(row: dict[str, Any]) -> str:
         kind, unit = size["column"].split("_", 1)
         median = f", median {kind} {size['median']:.4g} {unit}"
     left = f", {dropped} dropped (the page says why)" if dropped else ""
+    drawn = ""
+    if row["refined"] is not None:
+        before = sum(each["sections"] for each in row["refined"]["sections_as_before"])
+        drawn = f", {row['refined']['sections_accepted']} sections drawn anew and {before} left as they were"
     count = f"{row['objects']} object{'' if row['objects'] == 1 else 's'}"
-    return "\n  note: ".join([f"{row['image']}: {count}{median}{left}", *row["notes"]])
+    return "\n  note: ".join([f"{row['image']}: {count}{median}{drawn}{left}", *row["notes"]])
 
 
 def _settle(failures: dict[str, str], count: int) -> None:

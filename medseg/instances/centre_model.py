@@ -74,8 +74,8 @@ class Found:
         Objects 1..K; 0 = background.
     scores : (K,) float32
         Mean probability of the voxels of each.
-    diameter : float
-        Of objects, physical, that the image was read with.
+    diameter : float or None
+        Of objects, physical, that the image was read with; None: by something that does not ask for it.
     unassigned : int
         Voxels of objects whose vote was far from any centre; they are among what was dropped.
     dropped : tuple of Dropped
@@ -85,15 +85,18 @@ class Found:
         1 where it knows only one.
     areas : (*shape) uint8 or None
         Most probable of background and stuff, everywhere; None from a network without stuff.
+    notes : tuple of str
+        What else a reader of the result should know.
     """
 
     labels: IntArray
     scores: FloatArray
-    diameter: float
+    diameter: float | None
     unassigned: int
     dropped: tuple[Dropped, ...]
     classes: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     areas: IntArray | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.classes):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from medseg.instances.export import (
     write_qc,
     write_rois,
 )
-from medseg.instances.models import MODELS, ObjectModel
+from medseg.instances.finders import Finder
 from medseg.instances.scale import knows_spacing, parse_spacing, require_spacing, with_spacing
 from medseg.instances.schema import Instances, instances_of
 from medseg.instances.table import MeasureConfig, Table, check_regions, measure_objects, measure_regions
@@ -31,6 +31,10 @@ from medseg.io.grids import FLAT_NOTE
 from medseg.io.microscopy import UNKNOWN_SPACING_NOTE
 from medseg.types import PathLike
 from medseg.volume import Volume
+
+if TYPE_CHECKING:
+    from medseg.instances.centre_model import Found
+    from medseg.instances.refine import Refiner
 
 Further = Literal["geojson", "roi", "parquet"]
 PIXELS = "pixel"
@@ -51,8 +55,8 @@ class Counted:
         A row an object; of an image without a scale, lengths are in pixels (``..._px``).
     regions : Table or None
         A row a region: counts and densities.
-    diameter : float
-        Of objects, as the image was read, in the unit of the image.
+    diameter : float or None
+        Of objects, as the image was read, in the unit of the image; None: the model does not ask for it.
     in_pixels : bool
         The image has no scale.
     """
@@ -61,7 +65,7 @@ class Counted:
     instances: Instances
     table: Table
     regions: Table | None
-    diameter: float
+    diameter: float | None
     in_pixels: bool
 
 
@@ -88,30 +92,19 @@ def read_measured(path: PathLike, pixel_size: str | None) -> Volume:
 
 
 def default_model(volume: Volume) -> str:
-    """Return the shipped model for a picture, or for a volume.
-
-    Raises
-    ------
-    ConfigError
-        There is none.
-    """
-    name = "nuclei2d" if volume.shape[2] == 1 else "nuclei3d"
-    if name not in MODELS:
-        raise ConfigError(
-            f"no model for volumes ({volume.shape[2]} slices) is in the package. Give --model BUNDLE of "
-            "medseg train --task centre-offset."
-        )
-    return name
+    """Return the shipped model for a picture, or for a volume."""
+    return "nuclei2d" if volume.shape[2] == 1 else "nuclei3d"
 
 
 def count_objects(
     image: Volume,
-    model: ObjectModel,
+    model: Finder,
     diameter: float | None = None,
     regions: Volume | None = None,
     in_pixels: bool = False,
     config: MeasureConfig | None = None,
     channel: int | None = None,
+    refiner: "Refiner | None" = None,
 ) -> Counted:
     """Find and measure the objects of an image.
 
@@ -119,9 +112,9 @@ def count_objects(
     ----------
     image : Volume
         A picture (one voxel along k) for a 2D model, a volume for a 3D one; channels as the model takes them.
-    model : ObjectModel
+    model : Finder
     diameter : float, optional
-        Of objects, in the unit of the image; estimated from the image if not given.
+        Of objects, in the unit of the image; where the model has to know it, it is estimated if not given.
     regions : Volume, optional
         Label map to count in.
     in_pixels : bool
@@ -129,6 +122,8 @@ def count_objects(
     config : MeasureConfig, optional
     channel : int, optional
         That shows the objects, counted from 0; intensities are measured in all of them.
+    refiner : Refiner, optional
+        Draws each object anew before it is measured.
 
     Raises
     ------
@@ -139,9 +134,18 @@ def count_objects(
     """
     if regions is not None:
         check_regions(regions, image)
-    found = model.find(choose_channel(image, channel), diameter, in_pixels)
+    shown = choose_channel(image, channel)
+    found = model.find(shown, diameter, in_pixels)
+    provenance: dict[str, Any] = {
+        "medseg": __version__,
+        "model": model.name,
+        "diameter": found.diameter,
+    }
+    if found.notes:
+        provenance["notes"] = list(found.notes)
+    if refiner is not None:
+        found = _refined(shown, found, refiner, provenance)
     labels = image.with_array(found.labels.reshape(1, *image.shape))
-    provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
     names = model.class_names
     instances = instances_of(labels, found.classes, found.scores, names, found.dropped, provenance)
     table = measure_objects(instances, image, regions, config=config)
@@ -150,6 +154,21 @@ def count_objects(
         table = in_pixel_units(table)
         areas = None if areas is None else in_pixel_units(areas)
     return Counted(image, instances, table, areas, found.diameter, in_pixels)
+
+
+def _refined(image: Volume, found: "Found", refiner: "Refiner", provenance: dict[str, Any]) -> "Found":
+    """Return the objects drawn anew; scores stay those of the model that found them."""
+    result = refiner.refine(image, found.labels)
+    provenance["refined"] = {"network": refiner.name, **result.to_dict()}
+    left = np.unique(result.labels)
+    kept = left[left > 0] - 1
+    return replace(
+        found,
+        labels=result.labels,
+        scores=found.scores[kept],
+        classes=found.classes[kept],
+        dropped=(*found.dropped, *result.dropped),
+    )
 
 
 def in_pixel_units(table: Table) -> Table:
@@ -241,11 +260,12 @@ def describe_counted(counted: Counted, files: Mapping[str, Path]) -> dict[str, A
         "objects": len(instances),
         "model": instances.provenance["model"],
         "unit": unit,
-        "diameter": round(float(counted.diameter), 3),
+        "diameter": None if counted.diameter is None else round(counted.diameter, 3),
         "size": None if size is None else {"column": size, "median": float(np.median(counted.table[size]))},
         "touching_border": int(np.sum(counted.table.columns["touches_border"])) if len(instances) else 0,
         "dropped": [{"rule": d.rule, "count": d.count, "voxels": d.voxels} for d in instances.dropped],
-        "notes": notes_of(counted.image),
+        "refined": instances.provenance.get("refined"),
+        "notes": [*notes_of(counted.image), *instances.provenance.get("notes", ())],
         "files": {kind: str(path) for kind, path in files.items()},
     }
 

@@ -321,6 +321,13 @@ def _settings(counted: "Counted") -> dict[str, object]:
     shown: dict[str, object] = {"model": facts.pop("model", "")}
     if diameter:
         shown["diameter looked for"] = f"{number(diameter)} {unit}"
+    refined = facts.pop("refined", None)
+    if refined is not None:
+        stayed = sum(each["sections"] for each in refined["sections_as_before"])
+        drawn = f"{refined['sections_accepted']} sections, {stayed} left as they were"
+        shown["drawn anew"] = f"by {refined['network']}: {drawn}"
+    if "notes" in facts:
+        shown["notes on the objects"] = "; ".join(facts.pop("notes"))
     notes = [note for note in counted.image.notes if note != FLAT_NOTE]
     if notes:
         shown["notes on the image"] = "; ".join(notes)

@@ -23,6 +23,7 @@ from medseg.instances.centre_model import (
 )
 from medseg.instances.channels import check_channels
 from medseg.instances.diameter import estimate_diameter
+from medseg.instances.finders import FINDERS
 from medseg.labels import PanopticLabels
 from medseg.types import Array, PathLike
 from medseg.volume import Volume
@@ -202,7 +203,7 @@ def find_model(name: PathLike) -> Path:
     if str(name) in MODELS:
         return Path(__file__).parent / "weights" / f"{name}.medseg"
     if not Path(name).exists():
-        raise BundleError(f"{name}: no such model. Use {', '.join(MODELS)}, or the path of a bundle.")
+        raise BundleError(f"{name}: no such model. Use {', '.join(FINDERS)}, or the path of a bundle.")
     return Path(name)
 
 

@@ -17,8 +17,8 @@ from medseg.types import Array, FloatArray, IntArray, Shape
 
 # Percentiles of more voxels than this are those of every n-th one.
 SAMPLED = 1 << 24
-# Values this far beyond the percentiles (in ranges) are cut: a hot pixel must not fill a tile's statistics.
-BEYOND = 1.0
+# Where values are cut, where the percentiles are 0 and 1: a hot pixel must not fill a tile's statistics.
+CUT = (-1.0, 2.0)
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -53,13 +53,17 @@ class Grid:
         return np.asarray(np.clip(centres, 0, self.shape[axis] - 1))
 
 
-def normalise(image: Array, percentiles: tuple[float, float] = (0.1, 99.9)) -> FloatArray:
+def normalise(
+    image: Array, percentiles: tuple[float, float] = (0.1, 99.9), cut: tuple[float, float] = CUT
+) -> FloatArray:
     """Return (channel, *shape) float32 where the percentiles of each channel are 0 and 1.
 
     Parameters
     ----------
     image : (channel, *shape), any real dtype
         A channel of one value becomes 0.
+    percentiles : which become 0 and 1
+    cut : lowest and highest value of the result
 
     Raises
     ------
@@ -79,7 +83,7 @@ def normalise(image: Array, percentiles: tuple[float, float] = (0.1, 99.9)) -> F
             low, high = (float(some.min()), float(some.max())) if some.size else (0.0, 1.0)
         scale = 1 / (high - low) if high > low else 0.0
         np.multiply(values.astype(np.float64) - low, scale, out=result[channel], casting="same_kind")
-    return np.clip(result, -BEYOND, 1 + BEYOND, out=result)
+    return np.clip(result, *cut, out=result)
 
 
 def set_channels(image: Array, channels: int) -> Array:

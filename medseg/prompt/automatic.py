@@ -76,8 +76,12 @@ class AutomaticConfig(Config):
         Masks of neighbouring slices are one object from this IoU on.
     gap : int
         Slices on which an object may be missing in between.
+    gap_mm : float
+        The same as a distance, in the unit of the image: the longer of both holds.
     least_slices : int
         Of an object, where so many slices are looked at.
+    least_extent_mm : float
+        Of an object across the slices, likewise; slices count with their thickness.
     least_visible : float
         Part of an object that is not behind smaller ones; else it is left out.
     asset : str, optional
@@ -103,7 +107,9 @@ class AutomaticConfig(Config):
     most: int = Field(200, ge=1)
     link_iou: float = Field(0.4, gt=0, le=1)
     gap: int = Field(1, ge=0)
+    gap_mm: float = Field(0.0, ge=0)
     least_slices: int = Field(2, ge=1)
+    least_extent_mm: float = Field(0.0, ge=0)
     least_visible: float = Field(0.3, ge=0, le=1)
     asset: str | None = None
     size: int | None = Field(None, ge=32)
@@ -144,11 +150,26 @@ class FoundObject:
         return {**vars(self), "centre_mm": list(self.centre_mm)}
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Masks or objects that a rule left out, and their voxels, shared ones more than once."""
+
+    rule: str
+    count: int
+    voxels: int
+
+    @classmethod
+    def of(cls, rule: str, voxels: Sequence[int]) -> "tuple[LeftOut, ...]":
+        """Return one, or none if nothing was left out."""
+        return (cls(rule, len(voxels), sum(voxels)),) if voxels else ()
+
+
 class Everything(NamedTuple):
     """The label map (i, j, k) on the turned grid of the scene, 0 is nothing, and the table of its objects."""
 
     labels: Array
     objects: tuple[FoundObject, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,13 +285,34 @@ def segment_everything(
         raise ConfigError(f"axis {axis}: expected 0 (sagittal), 1 (coronal) or 2 (axial).")
     chosen = _check_slices(slices, scene.shape[axis], axis)
     answer = ask or ask_clicks(models, config)
-    found = (
-        (index, find_on_slice(scene, axis, index, answer, config))
-        for index in log.progress(chosen, "Segmenting everything")
-    )
-    tracks = link(found, config)
-    least = min(config.least_slices, len(chosen))
-    return paint([track for track in tracks if len(track.masks) >= least], scene, axis, config)
+    beyond: list[int] = []
+
+    def look() -> Iterator[tuple[int, list[SliceObject]]]:
+        for index in log.progress(chosen, "Segmenting everything"):
+            masks = find_on_slice(scene, axis, index, answer, config)
+            beyond.extend(each.area for each in masks[config.most :])
+            yield index, masks[: config.most]
+
+    tracks, short = _long_enough(link(look(), config, scene.spacing[axis]), config, len(chosen), scene, axis)
+    found = paint(tracks, scene, axis, config)
+    over = LeftOut.of(f"beyond the {config.most} most certain masks of a slice", beyond)
+    return found._replace(left_out=(*over, *short, *found.left_out))
+
+
+def _long_enough(
+    tracks: Sequence[Track], config: AutomaticConfig, slices: int, scene: Scene, axis: int
+) -> tuple[list[Track], tuple[LeftOut, ...]]:
+    """Return the objects that reach over enough slices, and what was left out."""
+    kept: list[Track] = []
+    short: list[int] = []
+    for track in tracks:
+        reach = (max(track.masks) - min(track.masks) + 1) * scene.spacing[axis]
+        if len(track.masks) >= min(config.least_slices, slices) and reach >= config.least_extent_mm:
+            kept.append(track)
+        else:
+            short.append(track.voxels)
+    extent = f", or shorter than {config.least_extent_mm:g}" if config.least_extent_mm else ""
+    return kept, LeftOut.of(f"on fewer than {config.least_slices} slices{extent}", short)
 
 
 def restore_labels(scene: Scene, labels: Array) -> Volume:
@@ -482,8 +524,6 @@ def without_doubles(found: Sequence[SliceObject], config: AutomaticConfig) -> li
             continue
         kept.append(each)
         boxes = np.array([one.box for one in kept], dtype=float)
-        if len(kept) == config.most:
-            break
     return kept
 
 
@@ -499,16 +539,19 @@ def box_overlaps(box: Rectangle, boxes: FloatArray) -> FloatArray:
     return np.asarray(both / (areas + (box[2] - box[0]) * (box[3] - box[1]) - both))
 
 
-def link(slices: Iterable[tuple[int, Sequence[SliceObject]]], config: AutomaticConfig) -> list[Track]:
+def link(
+    slices: Iterable[tuple[int, Sequence[SliceObject]]], config: AutomaticConfig, thickness: float = 1.0
+) -> list[Track]:
     """Join masks of slices, given in their order, to objects.
 
     On each slice all pairs of an object and a mask are ranked by IoU with the object's last mask, and taken
     from the best on while both are free. A mask without an object begins one; an object that was not seen for
-    more than `gap` slices is closed.
+    more than `gap` slices, each `thickness` thick, is closed.
     """
+    gap = max(config.gap, int(config.gap_mm / thickness + 1e-6))
     tracks: list[Track] = []
     for now, (index, masks) in enumerate(slices):
-        open_ones = [track for track in tracks if now - track.seen <= config.gap + 1]
+        open_ones = [track for track in tracks if now - track.seen <= gap + 1]
         pairs = [
             (overlap, n, m)
             for n, track in enumerate(open_ones)
@@ -536,16 +579,21 @@ def paint(tracks: Sequence[Track], scene: Scene, axis: int, config: AutomaticCon
     )
     labels = np.zeros(scene.shape, dtype=np.min_scalar_type(len(order)))
     shown: list[tuple[int, int, Track]] = []  # visible voxels, number in the map so far, object
+    hidden: list[int] = []
     for number, track in enumerate(order, 1):
         visible = _put(labels, track, axis, number, config.least_visible)
         if visible:
             shown.append((visible, number, track))
+        else:
+            hidden.append(track.voxels)
     shown.sort(key=lambda each: (-each[0], each[1]))
     final = np.zeros(len(order) + 1, dtype=np.min_scalar_type(len(shown)))
     for label, (_, number, _) in enumerate(shown, 1):
         final[number] = label
     labels = final[labels]
-    return Everything(labels, tuple(_rows(labels, [track for _, _, track in shown], scene, axis)))
+    rows = tuple(_rows(labels, [track for _, _, track in shown], scene, axis))
+    rule = f"less than {config.least_visible:g} of it not behind smaller ones"
+    return Everything(labels, rows, LeftOut.of(rule, hidden))
 
 
 def _put(labels: Array, track: Track, axis: int, number: int, least_visible: float) -> int:

@@ -105,6 +105,7 @@ class Found:
             "output": out.name,
             "labels": labels.to_dict(),
             "objects": self.rows(),
+            "left_out": [vars(each) for each in self.everything.left_out],
             "provenance": {
                 "medseg": metadata.version("medseg"),
                 "image": self.scene.digest,

@@ -81,7 +81,7 @@ def run(scene: Scene, config: AutomaticConfig = QUICK, axis: int = 2, **rest: ob
 
 def test_known_objects_are_found_whole_and_the_smaller_lies_in_front() -> None:
     image = bodies()
-    labels, objects = run(scene_of(image))
+    labels, objects, _ = run(scene_of(image))
     assert labels.shape == SHAPE and labels.dtype == np.uint8
     assert [found.label for found in objects] == list(range(1, len(objects) + 1))
     values = {value: set(np.unique(labels[image == value]).tolist()) for value in (120, 180)}
@@ -94,7 +94,7 @@ def test_known_objects_are_found_whole_and_the_smaller_lies_in_front() -> None:
 
 def test_the_table_says_what_the_label_map_holds() -> None:
     scene = scene_of(bodies(), affine("RAS", (1.0, 1.0, 2.5)))
-    labels, objects = run(scene)
+    labels, objects, _ = run(scene)
     for found in objects:
         where = np.argwhere(labels == found.label)
         assert found.voxels == len(where)
@@ -123,7 +123,7 @@ def test_objects_are_the_same_in_all_48_orders_of_axes() -> None:
             first[old] = 0 if sign > 0 else turned.shape[new] - 1
         moved[:3, 3] = matrix[:3, :3] @ first + matrix[:3, 3]
         scene = scene_of(turned, moved)
-        labels, objects = run(scene, QUICK.replace(points=5))
+        labels, objects, _ = run(scene, QUICK.replace(points=5))
         restored = restore_labels(scene, labels)
         assert restored.geometry.matches(scene.source)
         assert np.array_equal(to_ras(restored).array[0], labels)
@@ -135,13 +135,13 @@ def test_objects_are_the_same_in_all_48_orders_of_axes() -> None:
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_slices_may_run_across_any_axis(axis: int) -> None:
-    labels, _ = run(scene_of(bodies()), axis=axis)
+    labels = run(scene_of(bodies()), axis=axis).labels
     tube = labels[bodies() == 120]
     assert (tube == np.bincount(tube).argmax()).mean() > 0.9
 
 
 def test_a_single_slice_gives_a_map_of_that_slice_alone() -> None:
-    labels, objects = run(scene_of(bodies()), slices=[6])
+    labels, objects, _ = run(scene_of(bodies()), slices=[6])
     assert objects and labels[..., 6].any()
     assert not np.delete(labels, 6, axis=2).any()
 
@@ -214,6 +214,33 @@ def test_the_best_pairs_are_linked_first() -> None:
     assert tracks[0].newest.box[1] == 1
 
 
+def test_a_gap_is_as_wide_in_mm_as_in_slices_and_the_longer_holds() -> None:
+    square = SliceObject.of(np.ones((8, 8), bool), (0, 0), 1.0, 1.0, 0)
+    slices = [(0, [square]), (1, []), (2, []), (3, [square])]
+    for settings, thickness, tracks in (
+        ({"gap": 0}, 1.0, 2),
+        ({"gap": 2}, 1.0, 1),
+        ({"gap": 0, "gap_mm": 2.0}, 1.0, 1),
+        ({"gap": 0, "gap_mm": 2.0}, 1.5, 2),
+    ):
+        assert len(link(slices, QUICK.replace(**settings), thickness)) == tracks
+
+
+def test_what_is_left_out_is_counted() -> None:
+    scene = scene_of(bodies(), affine("RAS", (1.0, 1.0, 2.5)))
+    all_there = run(scene, QUICK.replace(least_slices=1, least_visible=0))
+    for change, rule in (
+        ({"least_slices": 12}, "on fewer than 12 slices"),
+        ({"least_extent_mm": 29.0}, "shorter than 29"),
+        ({"most": 1}, "beyond the 1 most certain"),
+        ({"least_visible": 0.99}, "less than 0.99"),
+    ):
+        found = run(scene, QUICK.replace(**{"least_slices": 1, "least_visible": 0, **change}))
+        told = next(each for each in found.left_out if rule in each.rule)
+        assert told.count >= 1 and told.voxels > 0
+        assert len(found.objects) < len(all_there.objects) or change.get("most")
+
+
 def test_crops_cover_the_slice_and_drop_masks_that_they_cut() -> None:
     config = QUICK.replace(crops=1)
     covered = np.zeros((48, 40), bool)
@@ -279,7 +306,7 @@ def test_mobile_sam_finds_the_objects_of_a_phantom(mobile_sam_path: Path) -> Non
     image += np.random.default_rng(0).normal(0, 4, image.shape).astype(np.float32)
     models = Models(scene_of(image), given={"mobile-sam": mobile_sam_path})
     config = AutomaticConfig(points=5)
-    labels, objects = segment_everything(models, config, slices=[1])
+    labels, objects, _ = segment_everything(models, config, slices=[1])
     disc = (i[..., 1] - 70) ** 2 + (j[..., 1] - 55) ** 2 < 250
     label = labels[70, 55, 1]
     found = labels[..., 1] == label
