@@ -294,6 +294,8 @@ def _finish(setup: Setup, outcome: loop.Outcome, store: Store, bundle: Path) -> 
         "precision": setup.config.precision,
         "mirroring": setup.config.final_mirroring,
     }
+    if setup.config.detector is not None and setup.config.detector.channels is not None:
+        card["channels"] = setup.config.detector.channels
     save_bundle(
         bundle,
         setup.plan,

@@ -124,7 +124,7 @@ def test_what_would_be_trained_is_told_and_plans_of_the_other_task_are_refused(t
     facts = describe(dataset, tmp_path / "run", preset="cpu", task="detection")
     assert facts["task"] == "detection" and facts["recipe"] == "detection-cpu"
     assert facts["objects"] == "values" and facts["configuration"] == "2d"
-    assert len(facts["anchors"]) == 9
+    assert len(facts["anchors"]) == 4  # two sides an axis on a CPU
     plan = small_plan(dataset, 2)
     with pytest.raises(PlanError, match="Pass --task detection"):
         describe(dataset, tmp_path / "run", plan=plan)

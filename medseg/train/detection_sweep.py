@@ -1,0 +1,176 @@
+"""How a detector's boxes become objects: chosen on held-out cases, kept in the bundle.
+
+Boxes of all tiles are kept, so that each choice costs no further look at an image (Baumgartner et al.,
+nnDetection, MICCAI 2021, section 2: empirical parameters).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from medseg import log
+from medseg.instances.detect import Candidates, Detector, ObjectMap
+from medseg.io import Case
+from medseg.metrics.coco import (
+    CocoPrecision,
+    Detections,
+    coco_average_precision,
+    detections_from_boxes,
+    detections_from_table,
+    rank_hits,
+)
+from medseg.metrics.froc import Froc, Scan, froc
+from medseg.metrics.overlap_table import overlap_table
+from medseg.nets.boxes import label_boxes
+from medseg.plan.detection import FindSettings
+from medseg.preprocess.record import Record
+from medseg.types import Array, FloatArray
+from medseg.volume import Geometry
+
+# IoU from which boxes are one object, and shortest sides in voxels of the network.
+CLUSTERS = (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+SIDES = {2: (0.0, 3.0, 5.0), 3: (0.0, 2.0, 3.0, 4.0)}
+# IoU at which found objects are counted; in volumes small lesions may lie a little beside (nnDetection: 0.1).
+TAUS = {2: (0.5, 0.7), 3: (0.1, 0.3, 0.5)}
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A held-out case with what was found in it, of whatever score.
+
+    Attributes
+    ----------
+    reference : (a0, a1, a2) objects, numbered as `medseg.plan.objects` has them
+    """
+
+    case: Case
+    grid: Geometry
+    reference: Array
+    candidates: list[Candidates]
+    record: Record
+
+    def draw(self, detector: Detector, score: float, settings: FindSettings | None = None) -> ObjectMap:
+        """Return the objects of at least this score; by the detector's settings, or others."""
+        found = detector.join(self.candidates, self.record, settings)
+        return detector.draw(self.grid, found, self.record, score)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What was chosen.
+
+    Attributes
+    ----------
+    settings : FindSettings
+    score : least score of an object
+    f1 : mean over :data:`TAUS` at that score
+    curve : scores and the mean F1 at each, of the chosen settings
+    trials : every pair of settings with its best F1
+    """
+
+    settings: FindSettings
+    score: float
+    f1: float
+    curve: tuple[FloatArray, FloatArray]
+    trials: tuple[dict[str, float], ...]
+
+
+def sweep(seen: Sequence[Seen], detector: Detector, n_classes: int) -> Choice:
+    """Choose the settings and the score of the largest mean F1; of equals the first."""
+    n = detector.settings.dimensions
+    trials, best = [], None
+    pairs = list(product(CLUSTERS, SIDES[n]))
+    for cluster, side in log.progress(pairs, "Choosing settings"):
+        settings = detector.settings.find.replace(cluster=cluster, least_side=side)
+        images = [each for case in seen for each in by_class(case, detector, settings, n_classes)]
+        scores, f1 = f1_by_score(images, TAUS[n])
+        place = int(np.argmax(f1))
+        trials.append({"cluster": cluster, "least_side": side, "f1": round(float(f1[place]), 5)})
+        if best is None or f1[place] > best.f1:
+            best = Choice(settings, _below(scores, place), float(f1[place]), (scores, f1), ())
+    assert best is not None  # there are settings to try
+    return Choice(best.settings, best.score, best.f1, best.curve, tuple(trials))
+
+
+def _below(scores: FloatArray, place: int) -> float:
+    """Return a round number between the score at `place`, which is kept, and the next lower one."""
+    low = scores[place + 1] if place + 1 < len(scores) else 0.0
+    middle = float(low + scores[place]) / 2
+    for digits in range(2, 7):
+        if low < round(middle, digits) <= scores[place]:
+            return round(middle, digits)
+    return float(scores[place])
+
+
+def by_class(seen: Seen, detector: Detector, settings: FindSettings, n_classes: int) -> list[Detections]:
+    """Return what was found of each class of a case, of whatever score.
+
+    A better object hides a worse one and never the other way round, so one map holds the maps of all least
+    scores.
+    """
+    drawn = seen.draw(detector, 0.0, settings)
+    return [
+        detections_from_table(overlap_table(reference, found), scores)
+        for reference, found, scores in class_maps(seen, drawn, detector, n_classes)
+    ]
+
+
+def class_maps(
+    seen: Seen, drawn: ObjectMap, detector: Detector, n_classes: int
+) -> list[tuple[Array, Array, FloatArray]]:
+    """Return for each class the reference, what was found, and the scores of it by ascending label."""
+    array, values = drawn.volume.array[0], detector.bundle.labels.foreground_values
+    result = []
+    for number in range(n_classes):
+        own = drawn.classes == values[number]
+        wanted = (seen.reference > 0) & ((seen.reference - 1) % n_classes == number)
+        found = array * np.concatenate([[False], own])[array]
+        result.append((seen.reference * wanted, found, drawn.scores[own]))
+    return result
+
+
+def f1_by_score(images: Sequence[Detections], taus: Sequence[float]) -> tuple[FloatArray, FloatArray]:
+    """Return scores, descending, and the mean F1 over `taus` of all objects of at least each."""
+    n_ref = sum(image.n_ref for image in images)
+    f1 = []
+    scores = np.zeros(0)
+    for tau in taus:
+        scores, hits = rank_hits(images, tau)
+        f1.append(2 * np.cumsum(hits) / (np.arange(1, len(hits) + 1) + n_ref))
+    if not len(scores):
+        return np.ones(1), np.array([0.0 if n_ref else 1.0])
+    last = np.append(scores[1:] != scores[:-1], True)  # objects of one score come together
+    mean: FloatArray = np.mean(f1, axis=0)
+    return scores[last], mean[last]
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Measures of the ranking of all objects found, of whatever score."""
+
+    masks: CocoPrecision
+    boxes: CocoPrecision
+    froc: Froc
+    tau: float
+
+
+def rank(seen: Sequence[Seen], detector: Detector, n_classes: int) -> Ranked:
+    """Measure average precision of masks and boxes, and FROC at the lowest of :data:`TAUS`."""
+    taus = TAUS[detector.settings.dimensions]
+    masks, boxes, scans = [], [], []
+    for case in seen:
+        drawn = case.draw(detector, 0.0)
+        n_ref, scores, hits = 0, [np.zeros(0)], [np.zeros((0, 2), np.int64)]
+        for reference, found, some in class_maps(case, drawn, detector, n_classes):
+            table = overlap_table(reference, found)
+            masks.append(detections_from_table(table, some))
+            boxes.append(detections_from_boxes(label_boxes(reference)[1], label_boxes(found)[1], some))
+            hits.append(table.pairs[table.iou >= taus[0]] + [n_ref, sum(map(len, scores))])
+            n_ref += table.n_ref
+            scores.append(some)
+        scans.append(Scan(n_ref, np.concatenate(scores), np.concatenate(hits)))
+    return Ranked(
+        coco_average_precision(masks, taus), coco_average_precision(boxes, taus), froc(scans), taus[0]
+    )
