@@ -1,4 +1,4 @@
-"""Write the phantom dataset: ``python datasets/phantom/convert.py OUT [--cases N] [--voxels N] [--only lesion]``."""
+"""Write the phantom dataset: ``python datasets/phantom/convert.py OUT [--cases N] [--only lesion]``."""
 
 import argparse
 from pathlib import Path

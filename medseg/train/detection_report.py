@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,11 @@ from medseg.errors import MedsegError
 from medseg.files import write_text
 from medseg.instances.detect import Detector, ObjectMap
 from medseg.io import read_image, write
-from medseg.metrics.froc import RATES
+from medseg.metrics.instances_page import add_ranking
+from medseg.metrics.ranking import Ranking
 from medseg.metrics.report import HtmlReport, curves
 from medseg.plan.objects import read_objects
-from medseg.train.detection_sweep import Choice, Ranked, Seen, class_maps, rank, sweep
+from medseg.train.detection_sweep import Choice, Seen, class_maps, rank, sweep
 from medseg.types import Array
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _summarize(
     outcome: "Outcome",
     rows: dict[str, Counts],
     choice: Choice | None,
-    ranked: Ranked | None,
+    ranked: Ranking | None,
     score: float,
 ) -> dict[str, Any]:
     total = sum(rows.values(), Counts())
@@ -174,7 +174,7 @@ def _summarize(
         "f1": round(total.f1, 5),
         "score": score,
         **({} if choice is None else _chosen(choice)),
-        **({} if ranked is None else _measures(ranked)),
+        **({} if ranked is None else {"ranking": ranked.to_dict()}),
         "steps": outcome.progress.step,
         "training_seconds": round(outcome.progress.elapsed_seconds, 1),
         "ended": outcome.ended,
@@ -192,34 +192,12 @@ def _chosen(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _measures(ranked: Ranked) -> dict[str, Any]:
-    """Return average precision and FROC as plain data, with the formula of each."""
-
-    def table(taus: tuple[float, ...], values: Array) -> dict[str, float | None]:
-        pairs = zip(taus, values.tolist(), strict=True)
-        return {f"{tau:.2g}": None if math.isnan(value) else round(value, 5) for tau, value in pairs}
-
-    curve = ranked.froc
-    return {
-        "average_precision": {
-            "formula": "COCO: precision, made monotone, at 101 recalls, by IoU",
-            "masks": table(ranked.masks.taus, ranked.masks.ap),
-            "boxes": table(ranked.boxes.taus, ranked.boxes.ap),
-        },
-        "froc": {
-            "formula": f"sensitivity at false positives a case, hits at mask IoU >= {ranked.tau:g}",
-            "sensitivity": table(RATES, np.array([curve.sensitivity_at(rate) for rate in RATES])),
-            "cpm": None if math.isnan(curve.cpm) else round(curve.cpm, 5),
-        },
-    }
-
-
 def _draw_page(
     setup: "Setup",
     outcome: "Outcome",
     result: dict[str, Any],
     choice: Choice | None,
-    ranked: Ranked | None,
+    ranked: Ranking | None,
 ) -> HtmlReport:
     facts = {
         "F1 at IoU above 0.5": f"{result['f1']:.3f}" if choice else "-",
@@ -235,7 +213,7 @@ def _draw_page(
     page.add_figure("Loss", curves({"loss": (epochs, [row["loss"] for row in history])}, "epoch", "loss"))
     if choice is not None and ranked is not None:
         _add_choice(page, choice)
-        _add_ranked(page, ranked, result)
+        add_ranking(page, ranked)
     for name, row in result["objects"].items():
         page.add_facts(
             f"Objects of class {name}", {"found": row["tp"], "found besides": row["fp"], "missed": row["fn"]}
@@ -269,23 +247,3 @@ def _add_choice(page: HtmlReport, choice: Choice) -> None:
     page.add_figure(
         "Least score", curves({"F1": (scores.tolist(), f1.tolist())}, "least score", "F1"), caption
     )
-
-
-def _add_ranked(page: HtmlReport, ranked: Ranked, result: dict[str, Any]) -> None:
-    curve = ranked.froc
-    drawn = curves(
-        {"sensitivity": (curve.rates.tolist(), curve.sensitivities.tolist())},
-        "false positives a case",
-        "sensitivity",
-    )
-    caption = f"FROC of objects of whatever score: {result['froc']['formula']}. CPM {curve.cpm:.3f}."
-    page.add_figure("Found against invented", drawn, caption)
-    precision = result["average_precision"]
-    rows = [[kind, *(shown(value) for value in precision[kind].values())] for kind in ("masks", "boxes")]
-    columns = ["", *(f"IoU {tau}" for tau in precision["masks"])]
-    page.add_table("Average precision", columns, rows, note=f"{precision['formula']}; classes pooled.")
-
-
-def shown(value: float | None) -> str:
-    """Return three digits, or a dash for what is not defined."""
-    return "-" if value is None else f"{value:.3f}"

@@ -13,17 +13,9 @@ import numpy as np
 from medseg import log
 from medseg.instances.detect import Candidates, Detector, ObjectMap
 from medseg.io import Case
-from medseg.metrics.coco import (
-    CocoPrecision,
-    Detections,
-    coco_average_precision,
-    detections_from_boxes,
-    detections_from_table,
-    rank_hits,
-)
-from medseg.metrics.froc import Froc, Scan, froc
+from medseg.metrics.coco import Detections, detections_from_table, rank_hits
 from medseg.metrics.overlap_table import overlap_table
-from medseg.nets.boxes import label_boxes
+from medseg.metrics.ranking import Ranking, join_classes, rank_objects, score_objects
 from medseg.plan.detection import FindSettings
 from medseg.preprocess.record import Record
 from medseg.types import Array, FloatArray
@@ -146,31 +138,11 @@ def f1_by_score(images: Sequence[Detections], taus: Sequence[float]) -> tuple[Fl
     return scores[last], mean[last]
 
 
-@dataclass(frozen=True, eq=False)
-class Ranked:
-    """Measures of the ranking of all objects found, of whatever score."""
-
-    masks: CocoPrecision
-    boxes: CocoPrecision
-    froc: Froc
-    tau: float
-
-
-def rank(seen: Sequence[Seen], detector: Detector, n_classes: int) -> Ranked:
-    """Measure average precision of masks and boxes, and FROC at the lowest of :data:`TAUS`."""
+def rank(seen: Sequence[Seen], detector: Detector, n_classes: int) -> Ranking:
+    """Measure all objects found, of whatever score: AP, and FROC at the lowest of :data:`TAUS`."""
     taus = TAUS[detector.settings.dimensions]
-    masks, boxes, scans = [], [], []
+    images = []
     for case in seen:
-        drawn = case.draw(detector, 0.0)
-        n_ref, scores, hits = 0, [np.zeros(0)], [np.zeros((0, 2), np.int64)]
-        for reference, found, some in class_maps(case, drawn, detector, n_classes):
-            table = overlap_table(reference, found)
-            masks.append(detections_from_table(table, some))
-            boxes.append(detections_from_boxes(label_boxes(reference)[1], label_boxes(found)[1], some))
-            hits.append(table.pairs[table.iou >= taus[0]] + [n_ref, sum(map(len, scores))])
-            n_ref += table.n_ref
-            scores.append(some)
-        scans.append(Scan(n_ref, np.concatenate(scores), np.concatenate(hits)))
-    return Ranked(
-        coco_average_precision(masks, taus), coco_average_precision(boxes, taus), froc(scans), taus[0]
-    )
+        maps = class_maps(case, case.draw(detector, 0.0), detector, n_classes)
+        images.append(join_classes([score_objects(*each, overlap_table(*each[:2])) for each in maps]))
+    return rank_objects(images, taus[0])
