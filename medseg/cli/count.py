@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from medseg.instances.detect import Detector
     from medseg.instances.models import ObjectModel
 
 FLAG = " "
@@ -130,7 +131,7 @@ def _count_all(
     from medseg.io.formats import stem_of
     from medseg.log import progress
 
-    loaded: dict[str, ObjectModel] = {}
+    loaded: dict[str, ObjectModel | Detector] = {}
     rows: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
     for path in progress(paths, "Counting"):
@@ -148,11 +149,23 @@ def _count_all(
     return rows, failures
 
 
-def _open(name: str, loaded: "dict[str, ObjectModel]", threads: int | None) -> "ObjectModel":
-    from medseg.instances.models import load_object_model
+def _open(
+    name: str, loaded: "dict[str, ObjectModel | Detector]", threads: int | None
+) -> "ObjectModel | Detector":
+    from medseg.bundle import load_bundle
+    from medseg.infer.runtime import count_threads
+    from medseg.instances.detect import Detector
+    from medseg.instances.models import find_model, open_object_model
 
     if name not in loaded:
-        loaded[name] = load_object_model(name, threads=threads)
+        bundle = load_bundle(find_model(name))
+        if bundle.settings.detection is None:
+            loaded[name] = open_object_model(bundle, name, threads=threads)
+        else:
+            import torch
+
+            torch.set_num_threads(count_threads(threads))
+            loaded[name] = Detector(bundle)
     return loaded[name]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from medseg import __version__
 from medseg.errors import ConfigError, DataError, GeometryError
 from medseg.files import write_text
+from medseg.instances.detect import Detector
 from medseg.instances.export import (
     write_csv,
     write_geojson,
@@ -46,8 +47,8 @@ class Counted:
         A row an object; of an image without a scale, lengths are in pixels (``..._px``).
     regions : Table or None
         A row a region: counts and densities.
-    diameter : float
-        Of objects, as the image was read, in the unit of the image.
+    diameter : float, optional
+        Of objects, as the image was read, in the unit of the image; None of a detector.
     in_pixels : bool
         The image has no scale.
     """
@@ -56,7 +57,7 @@ class Counted:
     instances: Instances
     table: Table
     regions: Table | None
-    diameter: float
+    diameter: float | None
     in_pixels: bool
 
 
@@ -100,7 +101,7 @@ def default_model(volume: Volume) -> str:
 
 def count_objects(
     image: Volume,
-    model: ObjectModel,
+    model: ObjectModel | Detector,
     diameter: float | None = None,
     regions: Volume | None = None,
     in_pixels: bool = False,
@@ -112,9 +113,9 @@ def count_objects(
     ----------
     image : Volume
         A picture (one voxel along k) for a 2D model, a volume for a 3D one; channels as the model takes them.
-    model : ObjectModel
+    model : ObjectModel, or Detector
     diameter : float, optional
-        Of objects, in the unit of the image; estimated from the image if not given.
+        Of objects, in the unit of the image; estimated from the image if not given. Not for a detector.
     regions : Volume, optional
         Label map to count in.
     in_pixels : bool
@@ -125,27 +126,59 @@ def count_objects(
     ------
     DataError
         A picture for a 3D model, a volume for a 2D one, or values that are not finite.
+    ConfigError
+        A diameter for a detector.
     """
+    if isinstance(model, Detector):
+        if diameter is not None:
+            raise ConfigError(f"{model.bundle}: a detector finds objects of all sizes. Leave --diameter out.")
+        instances, size = _detect(image, model), None
+    else:
+        instances, size = _segment(image, model, diameter, in_pixels)
+    table = measure_objects(instances, image, regions, config=config)
+    areas = None if regions is None else measure_regions(instances, regions)
+    if in_pixels:
+        table = _pixels(table)
+        areas = None if areas is None else _pixels(areas)
+    return Counted(image, instances, table, areas, size, in_pixels)
+
+
+def _check_axes(image: Volume, dimensions: int, name: str) -> bool:
+    """Refuse a picture for a 3D model and a volume for a 2D one; return whether it is a picture."""
     flat = image.shape[2] == 1
-    if flat != (model.network.dimensions == 2):
+    if flat != (dimensions == 2):
         kind = "picture" if flat else f"volume of {image.shape[2]} slices"
         raise DataError(
-            f"{model.name} finds objects in {model.network.dimensions}D, and the image is a {kind}. "
+            f"{name} finds objects in {dimensions}D, and the image is a {kind}. "
             "Take a model (--model) that was trained on such images."
         )
+    return flat
+
+
+def _detect(image: Volume, model: Detector) -> Instances:
+    name = str(model.bundle.path or "detector")
+    _check_axes(image, model.settings.dimensions, name)
+    found = model.find(image)
+    names = {
+        value: label for label, value in model.bundle.labels.foreground.items() if isinstance(value, int)
+    }
+    provenance = {"medseg": __version__, "model": name, "score": model.score}
+    if found.limited:
+        provenance["limited_tiles"] = found.limited
+    return instances_of(found.volume, found.classes, found.scores, names, found.dropped, provenance)
+
+
+def _segment(
+    image: Volume, model: ObjectModel, diameter: float | None, in_pixels: bool
+) -> tuple[Instances, float]:
+    flat = _check_axes(image, model.network.dimensions, model.name)
     array = image.array[..., 0] if flat else image.array
     spacing = None if in_pixels else image.spacing[: array.ndim - 1]
     found = model.segment(array, spacing, diameter, channel_axis=0)
     labels = image.with_array(found.labels.reshape(1, *image.shape))
     provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
     names = {1: "nucleus"} if model.name in MODELS else {}
-    instances = instances_of(labels, None, found.scores, names, found.dropped, provenance)
-    table = measure_objects(instances, image, regions, config=config)
-    areas = None if regions is None else measure_regions(instances, regions)
-    if in_pixels:
-        table = _pixels(table)
-        areas = None if areas is None else _pixels(areas)
-    return Counted(image, instances, table, areas, found.diameter, in_pixels)
+    return instances_of(labels, None, found.scores, names, found.dropped, provenance), found.diameter
 
 
 def _pixels(table: Table) -> Table:
@@ -217,7 +250,7 @@ def describe_counted(counted: Counted, files: Mapping[str, Path]) -> dict[str, A
         "objects": len(instances),
         "model": instances.provenance["model"],
         "unit": unit,
-        "diameter": round(float(counted.diameter), 3),
+        "diameter": None if counted.diameter is None else round(float(counted.diameter), 3),
         "size": None if not len(sizes) else {"column": size, "median": float(np.median(sizes))},
         "touching_border": int(np.sum(counted.table.columns["touches_border"])) if len(instances) else 0,
         "dropped": [{"rule": d.rule, "count": d.count, "voxels": d.voxels} for d in instances.dropped],

@@ -17,9 +17,9 @@ from medseg.geometry.tiles import pad_to, tile_slices
 from medseg.infer import choose_device
 from medseg.instances.dropped import Dropped
 from medseg.instances.paste import Pasted, paste_masks
+from medseg.instances.scale import with_spacing
 from medseg.io.channels import set_channels
 from medseg.nets.boxes import Clusters, box_centres, box_sizes, clip_boxes, cluster_boxes
-from medseg.nets.roi_align import roi_align
 from medseg.plan.detection import Detection, FindSettings
 from medseg.preprocess import preprocess
 from medseg.preprocess.record import Record
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 BATCH_VOXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
 # nnDetection's weight of a box by its place in the tile: a Gaussian of 0.8 half tiles, a mean over axes.
 PLACE_SIGMA = 0.8
+# Masks that are moved at a time.
+MASKS = 2048
 # A box this near to the end of its tile, in voxels, is taken for cut by it.
 CUT_MARGIN = 1.0
 
@@ -65,6 +67,12 @@ class Found:
         sure = self.scores >= score
         parts = (self.boxes[sure], self.scores[sure], self.classes[sure], self.masks[sure])
         return replace(self, boxes=parts[0], scores=parts[1], classes=parts[2], masks=parts[3])
+
+    def at_least(self, side: float) -> "Found":
+        """Return the objects whose boxes have no shorter side, in voxels."""
+        wide = (box_sizes(self.boxes) >= side).all(1)
+        parts = (self.boxes[wide], self.scores[wide], self.classes[wide], self.masks[wide])
+        return Found(self.shape, *parts, self.limited, self.narrow + int((~wide).sum()))
 
     def on(self, shape: Shape) -> "Found":
         """Return the same on another grid of the same field: boxes scaled."""
@@ -159,10 +167,7 @@ class Detector:
 
     def look(self, image: Volume) -> tuple[list["Candidates"], Record]:
         """Return what :meth:`join` makes objects of, for each part of an image as :meth:`detect` has them."""
-        channels = self.bundle.card.get("channels")
-        if channels is not None:
-            image = image.with_array(set_channels(image.array, int(channels)))
-        ready = preprocess(image, self.bundle.plan, self.bundle.configuration)
+        ready = preprocess(self._as_trained(image), self.bundle.plan, self.bundle.configuration)
         dims, patch = self.settings.dimensions, self.bundle.settings.patch_size
         parts = [ready.data] if dims == 3 else [ready.data[:, k] for k in range(ready.data.shape[1])]
         seen = [
@@ -171,12 +176,17 @@ class Detector:
         ]
         return seen, ready.record
 
-    def join(
-        self, candidates: Sequence["Candidates"], record: Record, settings: FindSettings | None = None
-    ) -> list[Found]:
+    def _as_trained(self, image: Volume) -> Volume:
+        """Return an image with the channels of the training's, and in pixels where those had no scale."""
+        channels, pixels = self.bundle.card.get("channels"), self.bundle.card.get("pixels", False)
+        if channels is not None:
+            image = image.with_array(set_channels(image.array, int(channels)))
+        return with_spacing(image, (1.0,), "mm") if pixels else image
+
+    def join(self, candidates: Sequence["Candidates"], record: Record) -> list[Found]:
         """Make one object of what tiles agree on, on the cropped source grid; by :attr:`finding`."""
         shape = record.cropped_shape[3 - self.settings.dimensions :]
-        return [each.join(settings or self.finding).on(shape) for each in candidates]
+        return [each.join(self.finding).on(shape) for each in candidates]
 
     def draw(self, grid: Geometry, found: Sequence[Found], record: Record, score: float) -> ObjectMap:
         """Return the objects that :meth:`detect` found, of at least this score, on the image's grid."""
@@ -192,6 +202,8 @@ class Detector:
         volume = Volume(array, record.geometry)
         if reads_as_ras(self.bundle.plan.reader):
             volume = from_ras(volume, grid)
+        elif volume.shape == grid.shape:  # the same, or that of a picture which was told its scale
+            volume = Volume(volume.array, grid, volume.notes)
         pairs = list(zip(sure, pasted, strict=True))
         kinds = np.array(self.bundle.labels.foreground_values, np.int64)
         return ObjectMap(
@@ -327,11 +339,9 @@ class Candidates:
         found = self.cluster(settings.cluster)
         low = found.boxes.new_tensor(self.inner)
         boxes = clip_boxes(found.boxes - torch.cat((low, low)), self.shape)
-        inside = (box_sizes(boxes) > 0).all(1)
-        kept = inside & (box_sizes(boxes) >= settings.least_side).all(1)
-        masks = self.fuse(found)
-        parts = (boxes[kept], found.scores[kept], found.classes[kept], masks[kept])
-        return Found(self.shape, *parts, self.limited, int((inside & ~kept).sum()))
+        kept = (box_sizes(boxes) > 0).all(1)
+        parts = (boxes[kept], found.scores[kept], found.classes[kept], self.fuse(found)[kept])
+        return Found(self.shape, *parts, self.limited).at_least(settings.least_side)
 
     def cluster(self, threshold: float) -> Clusters:
         """Cluster boxes whose IoU is above the threshold."""
@@ -350,24 +360,38 @@ class Candidates:
     def fuse(self, found: Clusters) -> Tensor:
         """Return the masks (k, *cells) of the clusters."""
         result = self.masks.new_zeros((len(found.scores), *self.masks.shape[1:]))
-        for number, (members, shares) in enumerate(zip(found.members, found.shares, strict=True)):
-            for member, share in zip(members.tolist(), shares.tolist(), strict=True):
-                if share > 0:
-                    moved = move_mask(self.masks[member], self.boxes[member], found.boxes[number])
-                    result[number] += share * moved
+        if not len(result):
+            return result
+        members, shares = torch.cat(found.members), torch.cat(found.shares)
+        owner = torch.repeat_interleave(torch.tensor([len(each) for each in found.members]))
+        for part in torch.split(torch.nonzero(shares > 0)[:, 0], MASKS):
+            some, cluster = members[part], owner[part]
+            moved = move_masks(self.masks[some], self.boxes[some], found.boxes[cluster])
+            weight = shares[part].reshape(-1, *[1] * (moved.ndim - 1))
+            result.index_add_(0, cluster, moved * weight)
         return result
 
 
-def move_mask(mask: Tensor, box: Tensor, target: Tensor) -> Tensor:
-    """Read the mask (*cells) of one box (2d,) under another: 0 outside, as many cells."""
-    n = mask.ndim
-    if torch.equal(box, target):
-        return mask
-    low, high = box.chunk(2)
-    cell = ((high - low) / torch.tensor(mask.shape)).clamp(min=1e-6)
-    place = torch.cat(((target[:n] - low) / cell + 1, (target[n:] - low) / cell + 1))
-    padded = F.pad(mask, [1] * (2 * n))[None]
-    return roi_align(padded, place[None], (1.0,) * n, tuple(mask.shape), samples=1)[0, 0]
+def move_masks(masks: Tensor, boxes: Tensor, targets: Tensor) -> Tensor:
+    """Read masks (k, *cells) of boxes (k, 2d) under others (k, 2d): 0 outside, as many cells."""
+    n = masks.ndim - 1
+    low, high = boxes.chunk(2, 1)
+    padded = F.pad(masks, [1] * (2 * n))[:, None]
+    places, valid = [], torch.ones((len(masks), *[1] * n), dtype=torch.bool)
+    for axis, cells in enumerate(masks.shape[1:]):
+        cell = ((high[:, axis] - low[:, axis]) / cells).clamp(min=1e-6)[:, None]
+        start, stop = ((targets[:, axis + k, None] - low[:, axis, None]) / cell for k in (0, n))
+        place = start + (torch.arange(cells) + 0.5) / cells * (stop - start) + 0.5  # in the padded mask
+        size = padded.shape[2 + axis]
+        shape = [len(masks), *[1] * n]
+        shape[1 + axis] = cells
+        valid = valid & ((place >= -1) & (place <= size)).view(shape)
+        places.append(((2 * place.clamp(0, size - 1) + 1) / size - 1).view(shape).expand(masks.shape))
+    grid = torch.stack(places[::-1], -1)  # grid_sample wants the last axis first
+    moved = F.grid_sample(padded, grid, "bilinear", "border", align_corners=False)[:, 0] * valid
+    same = (boxes == targets).all(1)
+    moved[same] = masks[same]
+    return moved
 
 
 def place_weight(boxes: Tensor, patch: Tensor) -> Tensor:

@@ -100,10 +100,13 @@ def score_objects(
 
 def join_classes(parts: Sequence[ScoredObjects]) -> ScoredObjects:
     """Return the objects of all classes of one image; those of two classes never meet."""
-    return ScoredObjects(_joined([part.masks for part in parts]), _joined([part.boxes for part in parts]))
+    return ScoredObjects(
+        join_detections([part.masks for part in parts]), join_detections([part.boxes for part in parts])
+    )
 
 
-def _joined(parts: Sequence[Detections]) -> Detections:
+def join_detections(parts: Sequence[Detections]) -> Detections:
+    """Return what was found of several classes as one; those of two never meet."""
     starts = np.cumsum([[0, 0]] + [[part.n_ref, len(part.scores)] for part in parts], axis=0)
     return Detections(
         int(starts[-1, 0]),

@@ -6,23 +6,22 @@ nnDetection, MICCAI 2021, section 2: empirical parameters).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
 from medseg import log
-from medseg.instances.detect import Candidates, Detector, ObjectMap
+from medseg.instances.detect import Candidates, Detector, Found, ObjectMap
 from medseg.io import Case
 from medseg.metrics.coco import Detections, detections_from_table, rank_hits
 from medseg.metrics.overlap_table import overlap_table
-from medseg.metrics.ranking import Ranking, join_classes, rank_objects, score_objects
+from medseg.metrics.ranking import Ranking, join_classes, join_detections, rank_objects, score_objects
 from medseg.plan.detection import FindSettings
 from medseg.preprocess.record import Record
 from medseg.types import Array, FloatArray
 from medseg.volume import Geometry
 
 # IoU from which boxes are one object, and shortest sides in voxels of the network.
-CLUSTERS = (1e-5, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+CLUSTERS = {2: (0.2, 0.3, 0.4, 0.5), 3: (1e-5, 0.1, 0.2, 0.3, 0.5)}
 SIDES = {2: (0.0, 3.0, 5.0), 3: (0.0, 2.0, 3.0, 4.0)}
 # IoU at which found objects are counted; in volumes small lesions may lie a little beside (nnDetection: 0.1).
 TAUS = {2: (0.5, 0.7), 3: (0.1, 0.3, 0.5)}
@@ -43,9 +42,9 @@ class Seen:
     candidates: list[Candidates]
     record: Record
 
-    def draw(self, detector: Detector, score: float, settings: FindSettings | None = None) -> ObjectMap:
-        """Return the objects of at least this score; by the detector's settings, or others."""
-        found = detector.join(self.candidates, self.record, settings)
+    def draw(self, detector: Detector, score: float) -> ObjectMap:
+        """Return the objects of at least this score."""
+        found = detector.join(self.candidates, self.record)
         return detector.draw(self.grid, found, self.record, score)
 
 
@@ -73,15 +72,25 @@ def sweep(seen: Sequence[Seen], detector: Detector, n_classes: int) -> Choice:
     """Choose the settings and the score of the largest mean F1; of equals the first."""
     n = detector.settings.dimensions
     trials, best = [], None
-    pairs = list(product(CLUSTERS, SIDES[n]))
-    for cluster, side in log.progress(pairs, "Choosing settings"):
-        settings = detector.settings.find.replace(cluster=cluster, least_side=side)
-        images = [each for case in seen for each in by_class(case, detector, settings, n_classes)]
-        scores, f1 = f1_by_score(images, TAUS[n])
-        place = int(np.argmax(f1))
-        trials.append({"cluster": cluster, "least_side": side, "f1": round(float(f1[place]), 5)})
-        if best is None or f1[place] > best.f1:
-            best = Choice(settings, _below(scores, place), float(f1[place]), (scores, f1), ())
+    for cluster in log.progress(CLUSTERS[n], "Choosing settings"):
+        settings = detector.settings.find.replace(cluster=cluster, least_side=0.0)
+        joined = [[part.join(settings) for part in case.candidates] for case in seen]
+        before: object = None
+        for side in SIDES[n]:
+            found = [[part.at_least(side) for part in parts] for parts in joined]
+            left = [len(part.scores) for parts in found for part in parts]
+            if left == before:  # nothing more is left out, so nothing changes
+                continue
+            before = left
+            images = [
+                by_class(case, parts, detector, n_classes) for case, parts in zip(seen, found, strict=True)
+            ]
+            scores, f1 = f1_by_score(images, TAUS[n])
+            place = int(np.argmax(f1))
+            trials.append({"cluster": cluster, "least_side": side, "f1": round(float(f1[place]), 5)})
+            if best is None or f1[place] > best.f1:
+                chosen = settings.replace(least_side=side)
+                best = Choice(chosen, _below(scores, place), float(f1[place]), (scores, f1), ())
     assert best is not None  # there are settings to try
     return Choice(best.settings, best.score, best.f1, best.curve, tuple(trials))
 
@@ -96,17 +105,16 @@ def _below(scores: FloatArray, place: int) -> float:
     return float(scores[place])
 
 
-def by_class(seen: Seen, detector: Detector, settings: FindSettings, n_classes: int) -> list[Detections]:
-    """Return what was found of each class of a case, of whatever score.
+def by_class(seen: Seen, parts: Sequence[Found], detector: Detector, n_classes: int) -> Detections:
+    """Return what was found of all classes of a case, of whatever score.
 
     A better object hides a worse one and never the other way round, so one map holds the maps of all least
     scores.
     """
-    drawn = seen.draw(detector, 0.0, settings)
-    return [
-        detections_from_table(overlap_table(reference, found), scores)
-        for reference, found, scores in class_maps(seen, drawn, detector, n_classes)
-    ]
+    shape = seen.record.cropped_shape[3 - detector.settings.dimensions :]
+    drawn = detector.draw(seen.grid, [part.on(shape) for part in parts], seen.record, 0.0)
+    maps = class_maps(seen, drawn, detector, n_classes)
+    return join_detections([detections_from_table(overlap_table(a, b), scores) for a, b, scores in maps])
 
 
 def class_maps(
@@ -127,7 +135,7 @@ def f1_by_score(images: Sequence[Detections], taus: Sequence[float]) -> tuple[Fl
     """Return scores, descending, and the mean F1 over `taus` of all objects of at least each."""
     n_ref = sum(image.n_ref for image in images)
     f1 = []
-    scores = np.zeros(0)
+    scores: FloatArray = np.zeros(0)
     for tau in taus:
         scores, hits = rank_hits(images, tau)
         f1.append(2 * np.cumsum(hits) / (np.arange(1, len(hits) + 1) + n_ref))
