@@ -79,7 +79,7 @@ def test_scores_that_lack_an_object_or_cannot_be_read_are_told(folders: tuple[Pa
     (folders[0] / "b_objects.csv").write_text("label,score\n1,0.4\n")
     assert "object 2" in evaluate_instances(*folders).failures[0].error
     (folders[0] / "b_objects.csv").write_text("name\nx\n")
-    with pytest.raises(ReadError, match="Mend it"):
+    with pytest.raises(ReadError, match="a label and a score"):
         read_scores(folders[0] / "b_labels.nii.gz")
     (folders[0] / "b_objects.csv").write_text("label,score\n1,\n2,\n")
     assert read_scores(folders[0] / "b_labels.nii.gz") is None
