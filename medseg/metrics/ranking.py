@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from medseg.errors import ReadError
+from medseg.geometry.boxes import label_boxes
 from medseg.metrics.coco import (
     COCO_THRESHOLDS,
     CocoPrecision,
@@ -92,8 +93,6 @@ def score_objects(
     DatasetError
         The number of scores is another.
     """
-    from medseg.nets.boxes import label_boxes
-
     boxes = (label_boxes(reference)[1], label_boxes(prediction)[1])
     return ScoredObjects(detections_from_table(table, scores), detections_from_boxes(*boxes, scores))
 

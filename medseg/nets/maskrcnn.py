@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medseg.geometry.boxes import label_boxes
 from medseg.nets.boxes import (
     box_sizes,
     clip_boxes,
     decode_boxes,
     encode_boxes,
-    label_boxes,
     nms_per_class,
 )
 from medseg.nets.matching import match_atss, match_iou, sample_hard, sample_random

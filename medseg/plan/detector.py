@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medseg.errors import DatasetError, PlanError
+from medseg.geometry.boxes import label_boxes
 from medseg.log import progress
-from medseg.nets.boxes import label_boxes
 from medseg.plan.anchors import plan_anchors
 from medseg.plan.detection import (
     Detection,

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medseg.geometry.boxes import label_boxes
 from medseg.geometry.tiles import tile_slices
 from medseg.instances.detect import Found, coverage, find_objects, move_masks, place_weight
 from medseg.instances.paste import paste_masks
-from medseg.nets.boxes import clip_boxes, label_boxes
+from medseg.nets.boxes import clip_boxes
 from medseg.nets.maskrcnn import Detections, MaskRCNN, class_of
 from medseg.nets.roi_align import crop_masks
 from medseg.plan.detection import FindSettings

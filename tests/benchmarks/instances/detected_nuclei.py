@@ -20,6 +20,7 @@ from medseg.bundle import load_bundle
 from medseg.instances.detect import Detector
 from medseg.train.centre_measure import count_matches
 from medseg.volume import Geometry, Volume
+from tests.benchmarks.instances.froc import dump
 from tests.benchmarks.instances.nuclei import cases_2d
 
 TAUS = (0.5, 0.7)
@@ -58,7 +59,7 @@ def main() -> None:
     result = measure(given.data, given.run)
     print(json.dumps({name: value for name, value in result.items() if name != "cases"}, indent=1))
     if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        given.json.write_text(dump(result))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from medseg.bundle import load_bundle
+from medseg.geometry.boxes import label_boxes
 from medseg.instances.detect import Detector
 from medseg.io import open_dataset, read
 from medseg.metrics.froc import RATES, Scan, froc, hits_by_centre, hits_by_iou
 from medseg.metrics.overlap_table import overlap_table
-from medseg.nets.boxes import label_boxes
 from medseg.plan.objects import number_objects
 
 RULES = ("IoU 0.1", "IoU 0.5", "centre inside")
@@ -71,6 +71,13 @@ def measure(dataset: Path, run: Path) -> dict[str, Any]:
     }
 
 
+def dump(result: dict[str, Any]) -> str:
+    """Return JSON with a line a case."""
+    cases = ",\n  ".join(json.dumps(case) for case in result["cases"])
+    facts = json.dumps({name: value for name, value in result.items() if name != "cases"}, indent=1)
+    return f'{facts[:-2]},\n "cases": [\n  {cases}\n ]\n}}\n'
+
+
 def main() -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,7 +88,7 @@ def main() -> None:
     result = measure(given.dataset, given.run)
     print(json.dumps({name: value for name, value in result.items() if name != "cases"}, indent=1))
     if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        given.json.write_text(dump(result))
 
 
 if __name__ == "__main__":
