@@ -126,20 +126,12 @@ def test_pictures_in_grey_and_colour_are_read_alike_and_cases_held_out(tmp_path:
         for folder, pixels in (("images", shown), ("labels", labels.numpy().astype(np.uint8))):
             (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / "data" / folder / f"n{number}.png")
-    detector = {
-        "preset": "cpu",
-        "channels": 3,
-        "hold_out": 2,
-        "patch_size": [32, 32],
-        "features": [8, 16, 16],
+    chosen = {
+        **{"preset": "cpu", "channels": 3, "hold_out": 2, "patch_size": [32, 32]},
+        **{"features": [8, 16, 16], "finest_stage": 1, "heads": {"mask_channels": 8, "width": 16}},
+        **{"proposals": {"candidates_test": 40, "proposals_test": 20}, "find": {"nms": 0.6}},
     }
-    detector |= {
-        "features": [8, 16, 16],
-        "finest_stage": 1,
-        "heads": {"mask_channels": 8, "width": 16},
-        "find": {"nms": 0.6},
-    }
-    recipe = DETECTION_CPU.replace(detector=detector, epochs=1, steps_per_epoch=2, precision="fp32")
+    recipe = DETECTION_CPU.replace(detector=chosen, epochs=1, steps_per_epoch=2, precision="fp32")
     recipe.save(tmp_path / "r.yaml")
     words = ["train", str(tmp_path / "data"), "--task", "detection", "--recipe", str(tmp_path / "r.yaml")]
     done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "run")])
@@ -151,13 +143,13 @@ def test_pictures_in_grey_and_colour_are_read_alike_and_cases_held_out(tmp_path:
     settings = bundle.settings
     assert settings.detection is not None and settings.patch_size == (32, 32)
     assert (settings.detection.find.nms, settings.detection.heads.width) == (0.6, 16)
+    detector = Detector(bundle)
     for name in ("n0", "n1"):
         picture = read(tmp_path / "data" / "images" / f"{name}.png")
-        assert Detector(bundle).find(picture).volume.geometry.matches(picture.geometry)
         scaled = with_spacing(picture, (0.25,), "micron")
-        found = Detector(bundle).find(scaled, 0.0).volume
+        found = detector.find(scaled, 0.0).volume
         assert found.geometry.matches(scaled.geometry)
-        np.testing.assert_array_equal(found.array, Detector(bundle).find(picture, 0.0).volume.array)
+        np.testing.assert_array_equal(found.array, detector.find(picture, 0.0).volume.array)
 
 
 def test_a_recipe_that_does_not_fit_the_network_is_refused(tmp_path: Path) -> None:
