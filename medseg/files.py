@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -54,6 +54,20 @@ def check_writable(path: PathLike, folder: bool = False) -> None:
         nearest = _nearest_folder(path, folder)
         with tempfile.NamedTemporaryFile(dir=nearest, prefix=".medseg-"):
             pass
+
+
+def check_distinct(outputs: Iterable[PathLike], inputs: Iterable[PathLike]) -> None:
+    """Refuse outputs that would replace what is read.
+
+    Raises
+    ------
+    OutputError
+        An output is an input, be it under another name.
+    """
+    read = {Path(path).resolve() for path in inputs}
+    for path in outputs:
+        if Path(path).resolve() in read:
+            raise OutputError(f"{path}: is read here, and would be replaced. Choose another output.")
 
 
 @contextmanager

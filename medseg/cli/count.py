@@ -51,6 +51,10 @@ def count(
             show_default="estimated from the image",
         ),
     ] = None,
+    channel: Annotated[
+        int | None,
+        typer.Option(min=0, help="That shows the objects, from 0 on, where an image has several stains."),
+    ] = None,
     regions: Annotated[
         Path | None, typer.Option(help="Label map to count in (one image): counts and densities.")
     ] = None,
@@ -62,39 +66,51 @@ def count(
 ) -> None:
     """Find, count and measure the objects of images: label map, table, picture, and what was dropped.
 
-    Writes NAME_labels, NAME_objects.csv, NAME_overlay.png and NAME_qc.json for each image, and counts.csv.
+    Writes NAME_labels, NAME_objects.csv, NAME_overlay.png and NAME_qc.json for each image, counts.csv, and
+    report.html: a page to look at, which leads to NAME_report.html where there are several images.
     """
     from medseg.errors import ConfigError
     from medseg.files import check_writable
-    from medseg.instances.count import write_summary
+    from medseg.instances.count import PAGE, write_summary
+    from medseg.instances.count_page import build_index
 
     check_writable(out, folder=True)
-    paths = _listed(images)
+    paths = _listed(images, out)
     if regions is not None and len(paths) > 1:
         raise ConfigError(f"--regions is for one image, not for {len(paths)}.")
     rows, failures = _count_all(
-        paths, out, model, pixel_size, diameter, regions, [e.value for e in export or []], threads
+        paths, out, model, pixel_size, diameter, channel, regions, [e.value for e in export or []], threads
     )
     if rows:
         write_summary(rows, out / "counts.csv")
+    if rows and len(paths) > 1:
+        build_index(rows, failures).write(out / PAGE)
     if json:
         typer.echo(json_module.dumps({"images": rows, "failures": failures}))
     else:
         for row in rows:
             typer.echo(_line(row))
-        typer.echo(f"Results: {out}")
+        if rows:
+            typer.echo(f"Results: {out / PAGE}")
     _settle(failures, len(paths))
 
 
-def _listed(images: list[Path]) -> list[Path]:
-    """Return the files, those of folders included; two of one name would overwrite each other."""
+def _listed(images: list[Path], out: Path) -> list[Path]:
+    """Return the files, those of folders included; no result may replace an image or another result."""
     from medseg.errors import ConfigError, ReadError
-    from medseg.io.formats import stem_of, suffix_of
+    from medseg.files import check_distinct
+    from medseg.instances.count import files_of
+    from medseg.io.formats import is_image, stem_of
 
     paths: list[Path] = []
     for given in images:
         if given.is_dir():
-            found = sorted(p for p in given.iterdir() if p.is_file() and suffix_of(p))
+            if out.exists() and out.samefile(given):
+                raise ConfigError(
+                    f"{out}: is the folder of the images, where results would be taken for images. Choose "
+                    "another folder."
+                )
+            found = sorted(p for p in given.iterdir() if is_image(p))
             if not found:
                 raise ReadError(f"{given}: holds no image that medseg reads.")
             paths += found
@@ -104,6 +120,7 @@ def _listed(images: list[Path]) -> list[Path]:
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise ConfigError(f"two images are called {double}: their results would overwrite each other.")
+    check_distinct((file for p in paths for file in files_of(out, stem_of(p), p).values()), paths)
     return paths
 
 
@@ -113,6 +130,7 @@ def _count_all(
     model: str | None,
     pixel_size: str | None,
     diameter: float | None,
+    channel: int | None,
     regions: Path | None,
     export: list[Any],
     threads: int | None,
@@ -120,6 +138,7 @@ def _count_all(
     """Count image after image; one that fails does not stop the others."""
     from medseg.errors import MedsegError
     from medseg.instances.count import (
+        PAGE,
         PIXELS,
         count_objects,
         default_model,
@@ -139,8 +158,9 @@ def _count_all(
             volume = read_measured(path, pixel_size)
             finder = _open(model or default_model(volume), loaded, threads)
             inside = None if regions is None else read(regions)
-            found = count_objects(volume, finder, diameter, inside, pixel_size == PIXELS)
-            files = write_counted(found, out, stem_of(path), path, export)
+            found = count_objects(volume, finder, diameter, inside, pixel_size == PIXELS, channel=channel)
+            page = PAGE if len(paths) == 1 else f"{stem_of(path)}_{PAGE}"
+            files = write_counted(found, out, stem_of(path), path, export, page)
             rows.append({"image": path.name} | describe_counted(found, files))
         except MedsegError as error:
             if len(paths) == 1:
@@ -176,8 +196,9 @@ def _line(row: dict[str, Any]) -> str:
     if size is not None:
         kind, unit = size["column"].split("_", 1)
         median = f", median {kind} {size['median']:.4g} {unit}"
-    left = f", {dropped} dropped (see the QC file)" if dropped else ""
-    return f"{row['image']}: {row['objects']} objects{median}{left}"
+    left = f", {dropped} dropped (the page says why)" if dropped else ""
+    count = f"{row['objects']} object{'' if row['objects'] == 1 else 's'}"
+    return "\n  note: ".join([f"{row['image']}: {count}{median}{left}", *row["notes"]])
 
 
 def _settle(failures: dict[str, str], count: int) -> None:

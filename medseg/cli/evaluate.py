@@ -48,11 +48,12 @@ def evaluate(
     """
     from medseg import metrics
     from medseg.errors import ConfigError
-    from medseg.files import check_writable
+    from medseg.files import check_distinct, check_writable
 
     for path in (json, html, csv):
         if path is not None and path != Path("-"):
             check_writable(path)
+            check_distinct([path], [predictions, references])
     if instances:
         from medseg.cli.evaluate_instances import evaluate_objects
 

@@ -73,7 +73,8 @@ def print_objects(result: "InstanceEvaluation") -> None:
     counts = result.counts
     console = Console(width=80, highlight=False)
     console.print(
-        f"{counts.images} images: {counts.n_pred} objects predicted, {counts.n_ref} in the reference\n"
+        f"{counts.images} image{'' if counts.images == 1 else 's'}: {counts.n_pred} "
+        f"object{'' if counts.n_pred == 1 else 's'} predicted, {counts.n_ref} in the reference\n"
         f"count error per image: {signed(counts.error)} (absolute {counts.absolute_error:.2f})\n"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")

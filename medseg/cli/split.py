@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from medseg.config import Config
     from medseg.instances.split import Split
+    from medseg.instances.tune import Tuned
     from medseg.types import Array
     from medseg.volume import Volume
 
@@ -52,6 +53,13 @@ def split(
             help="What INPUT is, if not what its values say: a label map where all are whole numbers.",
         ),
     ] = None,
+    tune: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="REFERENCE",
+            help="Label map of the same image: choose --h-mm and --rel that come nearest to it.",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="All cores, if not given.")] = None,
     json: Annotated[bool, typer.Option("--json", metavar=FLAG, help="Print the result as JSON.")] = False,
 ) -> None:
@@ -60,25 +68,29 @@ def split(
     A mask is split where its objects narrow, each label of a label map by itself, a height map (probability,
     distance, intensity) where it has valleys.
     """
-    from medseg.files import check_writable
+    from medseg.files import check_distinct, check_writable
     from medseg.instances.split import split as split_objects
     from medseg.io import write
+    from medseg.io.formats import check_format
 
     check_writable(out)
+    check_format(out)
+    check_distinct([out], [source, *([tune] if tune else [])])
     volume = _read(source, pixel_size)
-    array, kind = _values(volume, height_map)
+    array, kind = _values(volume, height_map, source)
     scale = 1000.0 if volume.geometry.unit == "micron" else 1.0
-    settings = _settings(method, h_mm, scale if kind == "label map" else 1.0, rel, floor, connectivity)
-    found = split_objects(
-        array,
-        volume.spacing[: array.ndim],
-        method,
-        settings,
-        min_volume_mm3 * scale**array.ndim,
-        threads or os.cpu_count() or 1,
-    )
+    depth_unit = scale if kind == "label map" else 1.0
+    settings = _settings(method, h_mm, depth_unit, rel, floor, connectivity)
+    used = threads or os.cpu_count() or 1
+    tuned = None if tune is None else _tune(volume, array, kind, tune, method, settings, used)
+    if tuned is not None:
+        settings = settings.replace(h=tuned.best.h, rel=tuned.best.rel)
+    least = min_volume_mm3 * scale**array.ndim
+    found = split_objects(array, volume.spacing[: array.ndim], method, settings, least, used)
     write(volume.with_array(_stored(found.labels).reshape(volume.shape)), out)
     facts = _facts(source, out, volume, kind, method, settings, found)
+    if tuned is not None:
+        facts["tuned"] = {"reference": str(tune), **_tuned_facts(tuned, depth_unit)}
     typer.echo(json_module.dumps(facts) if json else _readable(facts))
 
 
@@ -100,13 +112,16 @@ def _read(source: Path, pixel_size: str | None) -> "Volume":
     return with_spacing(volume, *parse_spacing(pixel_size))
 
 
-def _values(volume: "Volume", height_map: bool | None) -> "tuple[Array, str]":
+def _values(volume: "Volume", height_map: bool | None, source: Path) -> "tuple[Array, str]":
     """Return the voxels, two axes for a single slice, and what they are."""
     import numpy as np
 
+    from medseg.errors import DataError
     from medseg.instances.schema import whole_labels
 
     array = volume.array[0, ..., 0] if volume.shape[2] == 1 else volume.array[0]
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError(f"{source}: holds NaN or infinite values. Replace them, for example by 0.")
     if height_map is None:
         height_map = array.dtype.kind == "f" and not bool((np.trunc(array) == array).all())
     if height_map:
@@ -129,6 +144,47 @@ def _settings(
     elif h_mm is not None or rel:
         raise ConfigError("components have no depth. Leave out --h-mm and --rel, or take another method.")
     return SPLITTERS[method][0].from_dict(values)
+
+
+def _tune(
+    volume: "Volume",
+    array: "Array",
+    kind: str,
+    path: Path,
+    method: str,
+    settings: "Config",
+    threads: int,
+) -> "Tuned":
+    """Choose the depth by a reference on the same grid."""
+    import numpy as np
+
+    from medseg.errors import ConfigError, GeometryError
+    from medseg.instances.split import BasinsConfig
+    from medseg.instances.tune import tune
+    from medseg.io.grids import grid_difference
+    from medseg.metrics.pairing import load_label_map
+
+    if not isinstance(settings, BasinsConfig):
+        raise ConfigError(f"{method} have no depth to tune. Leave out --tune, or take another method.")
+    if settings.h is not None or settings.rel:
+        raise ConfigError("--tune chooses --h-mm and --rel. Leave them out.")
+    if kind == "label map" and len(np.unique(array[array != 0])) > 1:
+        raise ConfigError("--tune is for a mask or a height map, and INPUT has several labels. Give a mask.")
+    reference = load_label_map(path, str(path))
+    if reference.shape != volume.shape or not reference.geometry.matches(volume.geometry):
+        what = grid_difference(volume.geometry, reference.geometry, "INPUT") or "its place differs"
+        raise GeometryError(f"{path}: {what}. Give a label map of the same image.")
+    labels = reference.array[0].reshape(array.shape)
+    plain = BasinsConfig(floor=settings.floor, connectivity=settings.connectivity)
+    return tune(array, labels, volume.spacing[: array.ndim], plain, threads=threads)
+
+
+def _tuned_facts(tuned: "Tuned", depth_unit: float) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    best = asdict(tuned.best)
+    chosen = {"h_mm": best.pop("h") / depth_unit, **best}
+    return {**chosen, "trials": [asdict(trial) for trial in tuned.trials]}
 
 
 def _stored(labels: "Array") -> "Array":
@@ -169,12 +225,21 @@ def _facts(
     }
 
 
+def _count(objects: int) -> str:
+    return f"{objects} object{'' if objects == 1 else 's'}"
+
+
 def _readable(facts: dict[str, Any]) -> str:
-    lines = [f"{facts['output']}: {facts['objects']} objects of a {facts['kind']}, by {facts['method']}."]
     counts = facts["objects_of_label"]
+    kind = "mask" if facts["kind"] == "label map" and list(counts) == ["1"] else facts["kind"]
+    lines = [f"{facts['output']}: {_count(facts['objects'])} of a {kind}, by {facts['method']}."]
     if len(counts) > 1:
         shown = ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:SHOWN])
-        lines.append(f"  of label {shown}{', ... (all: --json)' if len(counts) > SHOWN else ''}")
+        lines.append(f"  objects of label {shown}{', ... (all: --json)' if len(counts) > SHOWN else ''}")
+    if "tuned" in facts:
+        best = facts["tuned"]
+        chosen = f"--h-mm {best['h_mm']:g} --rel {best['rel']:g}"
+        lines.append(f"  tuned: {chosen} (F1 {best['f1']:.3f}, PQ {best['pq']:.3f})")
     for entry in facts["dropped"]:
-        lines.append(f"  removed: {entry['count']} objects {entry['rule']} ({entry['voxels']} voxels)")
+        lines.append(f"  removed: {_count(entry['count'])} {entry['rule']} ({entry['voxels']} voxels)")
     return "\n".join([*lines, *(f"  note: {note}" for note in facts["notes"])])

@@ -70,13 +70,19 @@ def track(
     the baseline. With --cells any number of frames: tracks.csv, and a label map of each frame.
     """
     from medseg.errors import ConfigError
-    from medseg.files import check_writable
+    from medseg.files import check_distinct, check_writable
     from medseg.instances.read import read_instances
 
     if len(scans) < 2 or (len(scans) > 2 and not cells):
         expected = "two or more frames" if cells else "a baseline and a follow-up (--cells takes more)"
         raise ConfigError(f"{len(scans)} label maps: expected {expected}.")
     check_writable(out, folder=True)
+    results = (
+        [_frame_file(out, n, path) for n, path in enumerate(scans)] if cells else [_label_file(out, scans)]
+    )
+    check_distinct(
+        [*results, out / "follow_up.png"], [*scans, *(images or ()), *([organs] if organs else [])]
+    )
     if cells:
         frames = [read_instances(path, objects.value, pixel_size, measured=False) for path in scans]
         report = _cells(scans, frames, out, max_distance)
@@ -90,6 +96,21 @@ def track(
         return
     for line in lines:
         typer.echo(line)
+
+
+def _suffix(scan: Path) -> str:
+    from medseg.io.formats import suffix_of
+
+    return suffix_of(scan) if suffix_of(scan) in (".tif", ".tiff", ".nrrd", ".mha") else ".nii.gz"
+
+
+def _label_file(out: Path, scans: list[Path]) -> Path:
+    return out / f"follow_up_labels{_suffix(scans[1])}"
+
+
+def _frame_file(out: Path, number: int, scan: Path) -> Path:
+    suffix = ".tif" if scan.suffix.lower() in (".tif", ".tiff", ".png") else ".nii.gz"
+    return out / f"tracks_{number:04d}{suffix}"
 
 
 def _config(
@@ -114,12 +135,10 @@ def _lesions(
     from medseg.instances.export.follow_up import describe_follow_up, write_follow_up
     from medseg.instances.follow_up import follow_up
     from medseg.io import read
-    from medseg.io.formats import suffix_of
 
     pictures = None if images is None else (read(images[0]), read(images[1]))
     found = follow_up(both[0], both[1], pictures, None if organs is None else read(organs), config=config)
-    suffix = suffix_of(scans[1]) if suffix_of(scans[1]) in (".tif", ".tiff", ".nrrd", ".mha") else ".nii.gz"
-    files = write_follow_up(found, out, pictures, suffix)
+    files = write_follow_up(found, out, pictures, _suffix(scans[1]))
     return {
         **describe_follow_up(found),
         "files": {name: str(path) for name, path in files.items()},
@@ -130,9 +149,10 @@ def _lesions(
 def _lines(found: "FollowUp", out: Path) -> list[str]:
     counts = [f"{count} {kind}" for kind, count in found.counts().items() if count]
     lines = [
-        f"{len(found.baseline)} objects, then {len(found.later)}: {', '.join(counts) or 'none at any time'}"
+        f"{_count(len(found.baseline), 'object')}, then {len(found.later)}: "
+        f"{', '.join(counts) or 'none at any time'}"
     ]
-    if found.response is not None:
+    if found.response is not None and counts:
         r = found.response
         lines.append(
             f"RECIST 1.1: {r.overall} (targets {r.target}, {r.baseline_sum:.1f} to {r.sum:.1f} mm; "
@@ -140,6 +160,10 @@ def _lines(found: "FollowUp", out: Path) -> list[str]:
         )
         lines += [f"  {note}" for note in r.notes]
     return [*lines, f"Results: {out}"]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _cells(
@@ -152,15 +176,14 @@ def _cells(
     found = track_frames(frames, FramesConfig.from_dict({"max_distance": max_distance}))
     write_csv(found.table(), out / "tracks.csv")
     for number, (path, frame) in enumerate(zip(scans, frames, strict=True)):
-        suffix = ".tif" if path.suffix.lower() in (".tif", ".tiff", ".png") else ".nii.gz"
-        write(found.relabel(number, frame), out / f"tracks_{number:04d}{suffix}")
+        write(found.relabel(number, frame), _frame_file(out, number, path))
     divided = len({each.parent for each in found.tracks if each.parent})
     return {
         "frames": len(frames),
         "tracks": list(found.table().rows()),
         "divisions": divided,
         "lines": [
-            f"{len(found.tracks)} tracks over {len(frames)} frames, {divided} divisions",
+            f"{_count(len(found.tracks), 'track')} over {len(frames)} frames, {_count(divided, 'division')}",
             f"Results: {out}",
         ],
     }

@@ -10,6 +10,8 @@ import numpy as np
 from medseg import __version__
 from medseg.errors import ConfigError, DataError, GeometryError
 from medseg.files import write_text
+from medseg.instances.channels import choose_channel
+from medseg.instances.count_page import build_page, size_column
 from medseg.instances.detect import Detector
 from medseg.instances.export import (
     write_csv,
@@ -23,14 +25,17 @@ from medseg.instances.export import (
 from medseg.instances.models import MODELS, ObjectModel
 from medseg.instances.scale import knows_spacing, parse_spacing, require_spacing, with_spacing
 from medseg.instances.schema import Instances, instances_of
-from medseg.instances.table import MeasureConfig, Table, measure_objects, measure_regions
+from medseg.instances.table import MeasureConfig, Table, check_regions, measure_objects, measure_regions
 from medseg.io import read
 from medseg.io.formats import suffix_of
+from medseg.io.grids import FLAT_NOTE
+from medseg.io.microscopy import UNKNOWN_SPACING_NOTE
 from medseg.types import PathLike
 from medseg.volume import Volume
 
 Further = Literal["geojson", "roi", "parquet"]
 PIXELS = "pixel"
+PAGE = "report.html"
 # Formats that can hold a label map; of others it is a TIFF.
 _KEPT = {".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff"}
 
@@ -73,7 +78,8 @@ def read_measured(path: PathLike, pixel_size: str | None) -> Volume:
     """
     volume = read(path)
     if pixel_size == PIXELS:
-        return with_spacing(volume, (1.0,), "mm") if knows_spacing(volume) else volume
+        plain = not knows_spacing(volume) and volume.spacing[:2] == (1.0, 1.0)
+        return volume if plain else with_spacing(volume, (1.0,), "mm")
     if pixel_size is not None:
         return with_spacing(volume, *parse_spacing(pixel_size))
     try:
@@ -106,6 +112,7 @@ def count_objects(
     regions: Volume | None = None,
     in_pixels: bool = False,
     config: MeasureConfig | None = None,
+    channel: int | None = None,
 ) -> Counted:
     """Find and measure the objects of an image.
 
@@ -121,20 +128,24 @@ def count_objects(
     in_pixels : bool
         The image has no scale: lengths are called pixels, and the model is told none.
     config : MeasureConfig, optional
+    channel : int, optional
+        That shows the objects, counted from 0; intensities are measured in all of them.
 
     Raises
     ------
+    ConfigError
+        There is no such channel, one has to be chosen, or a diameter is given for a detector.
     DataError
         A picture for a 3D model, a volume for a 2D one, or values that are not finite.
-    ConfigError
-        A diameter for a detector.
     """
+    if regions is not None:
+        check_regions(regions, image)
     if isinstance(model, Detector):
         if diameter is not None:
             raise ConfigError(f"{model.bundle}: a detector finds objects of all sizes. Leave --diameter out.")
-        instances, size = _detect(image, model), None
+        instances, size = _detect(image, model, channel), None
     else:
-        instances, size = _segment(image, model, diameter, in_pixels)
+        instances, size = _segment(image, model, diameter, in_pixels, channel)
     table = measure_objects(instances, image, regions, config=config)
     areas = None if regions is None else measure_regions(instances, regions)
     if in_pixels:
@@ -155,10 +166,10 @@ def _check_axes(image: Volume, dimensions: int, name: str) -> bool:
     return flat
 
 
-def _detect(image: Volume, model: Detector) -> Instances:
+def _detect(image: Volume, model: Detector, channel: int | None) -> Instances:
     name = str(model.bundle.path or "detector")
     _check_axes(image, model.settings.dimensions, name)
-    found = model.find(image)
+    found = model.find(choose_channel(image, channel))
     names = {
         value: label for label, value in model.bundle.labels.foreground.items() if isinstance(value, int)
     }
@@ -169,10 +180,11 @@ def _detect(image: Volume, model: Detector) -> Instances:
 
 
 def _segment(
-    image: Volume, model: ObjectModel, diameter: float | None, in_pixels: bool
+    image: Volume, model: ObjectModel, diameter: float | None, in_pixels: bool, channel: int | None
 ) -> tuple[Instances, float]:
     flat = _check_axes(image, model.network.dimensions, model.name)
-    array = image.array[..., 0] if flat else image.array
+    shown = choose_channel(image, channel)
+    array = shown.array[..., 0] if flat else shown.array
     spacing = None if in_pixels else image.spacing[: array.ndim - 1]
     found = model.segment(array, spacing, diameter, channel_axis=0)
     labels = image.with_array(found.labels.reshape(1, *image.shape))
@@ -193,9 +205,23 @@ def _pixel_name(name: str) -> str:
 
 
 def write_counted(
-    counted: Counted, folder: PathLike, name: str, source: PathLike, further: Sequence[Further] = ()
+    counted: Counted,
+    folder: PathLike,
+    name: str,
+    source: PathLike,
+    further: Sequence[Further] = (),
+    page: str = PAGE,
 ) -> dict[str, Path]:
-    """Write label map, table, picture and QC list as ``NAME_...``; return what was written.
+    """Write label map, table, picture and QC list as ``NAME_...``, and a page; return what was written.
+
+    Parameters
+    ----------
+    counted : Counted
+    folder : made if it is not there
+    name : what names of files begin with
+    source : the image, which the label map shares the format of where that can hold one
+    further : outlines or tables besides
+    page : name of the HTML page
 
     Raises
     ------
@@ -208,21 +234,28 @@ def write_counted(
             "outlines (geojson, roi) are of pictures, and the image is a volume. Leave them out."
         )
     place.mkdir(parents=True, exist_ok=True)
-    suffix = suffix_of(Path(source))
-    files = {
+    files = files_of(place, name, source)
+    write_label_map(instances, files["labels"])
+    write_csv(counted.table, files["table"])
+    write_overlay(instances, counted.image, files["overlay"], title=name)
+    write_qc(instances, files["qc"], in_pixels=counted.in_pixels)
+    if counted.regions is not None:
+        files["regions"] = place / f"{name}_regions.csv"
+        write_csv(counted.regions, files["regions"])
+    files |= _write_further(counted, place, name, further)
+    build_page(counted, Path(source).name, files).write(place / page)
+    return files | {"page": place / page}
+
+
+def files_of(folder: PathLike, name: str, source: PathLike) -> dict[str, Path]:
+    """Return where the results of an image always go, by kind."""
+    suffix, place = suffix_of(Path(source)), Path(folder)
+    return {
         "labels": place / f"{name}_labels{suffix if suffix in _KEPT else '.tif'}",
         "table": place / f"{name}_objects.csv",
         "overlay": place / f"{name}_overlay.png",
         "qc": place / f"{name}_qc.json",
     }
-    write_label_map(instances, files["labels"])
-    write_csv(counted.table, files["table"])
-    write_overlay(instances, counted.image, files["overlay"], title=name)
-    write_qc(instances, files["qc"])
-    if counted.regions is not None:
-        files["regions"] = place / f"{name}_regions.csv"
-        write_csv(counted.regions, files["regions"])
-    return files | _write_further(counted, place, name, further)
 
 
 def _write_further(counted: Counted, place: Path, name: str, further: Sequence[Further]) -> dict[str, Path]:
@@ -244,18 +277,23 @@ def describe_counted(counted: Counted, files: Mapping[str, Path]) -> dict[str, A
     """Return the numbers of an image as plain data."""
     instances = counted.instances
     unit = "px" if counted.in_pixels else {"mm": "mm", "micron": "um"}[instances.unit]
-    size = next((n for n in counted.table.columns if n.startswith(("area_", "volume_"))), None)
-    sizes = counted.table.columns[size] if size and len(instances) else np.zeros(0)
+    size = size_column(counted)
     return {
         "objects": len(instances),
         "model": instances.provenance["model"],
         "unit": unit,
         "diameter": None if counted.diameter is None else round(float(counted.diameter), 3),
-        "size": None if not len(sizes) else {"column": size, "median": float(np.median(sizes))},
+        "size": None if size is None else {"column": size, "median": float(np.median(counted.table[size]))},
         "touching_border": int(np.sum(counted.table.columns["touches_border"])) if len(instances) else 0,
         "dropped": [{"rule": d.rule, "count": d.count, "voxels": d.voxels} for d in instances.dropped],
+        "notes": notes_of(counted.image),
         "files": {kind: str(path) for kind, path in files.items()},
     }
+
+
+def notes_of(image: Volume) -> list[str]:
+    """Return what its reader had to assume; that a picture has no third axis is nothing new."""
+    return [note for note in image.notes if note not in (FLAT_NOTE, UNKNOWN_SPACING_NOTE)]
 
 
 def write_summary(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:

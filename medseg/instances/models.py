@@ -14,7 +14,14 @@ import numpy as np
 from medseg.bundle import Bundle, load_bundle
 from medseg.errors import BundleError, ConfigError
 from medseg.infer.runtime import choose_runtime, count_threads
-from medseg.instances.centre_model import CentreNetwork, CentreSettings, Found, prepare_image
+from medseg.instances.centre_model import (
+    CentreNetwork,
+    CentreSettings,
+    Found,
+    channels_first,
+    prepare_image,
+)
+from medseg.instances.channels import check_channels
 from medseg.instances.diameter import estimate_diameter
 from medseg.types import Array, PathLike
 
@@ -26,6 +33,10 @@ MODELS: dict[str, str] = {
 
 # An image without anything like an object has no size of objects either.
 UNKNOWN_DIAMETER = 24.0
+# In voxels: larger objects are better seen on a smaller copy of the image.
+LARGEST = 5000.0
+# To which an image is enlarged at most, so that small objects have the size that the network knows.
+MOST_VOXELS = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +93,10 @@ class ObjectModel:
         DataError
             The image holds values that are not finite.
         """
-        shown = prepare_image(np.asarray(image), self.network, channel_axis)
         n = self.network.dimensions
+        array = channels_first(np.asarray(image), n, channel_axis)
+        check_channels(array, self.network.channels)
+        shown = prepare_image(array, self.network, channel_axis=0)
         size = (1.0,) * n if spacing is None else tuple(map(float, spacing))
         if len(size) != n or not all(np.isfinite(s) and s > 0 for s in size):
             raise ConfigError(f"spacing {size}: expected {n} numbers above 0, one an axis.")
@@ -91,11 +104,34 @@ class ObjectModel:
             return Found(np.zeros(shown.shape[1:], np.int32), np.zeros(0, np.float32), 0.0, 0, ())
         if diameter is None and spacing is not None:
             diameter = self.settings.diameter
+        # Offsets are kept in 16 bits, which hold no image in nanometres. In units of about a voxel they do; a
+        # power of two changes nothing but exponents.
+        unit = 2.0 ** round(float(np.log2(min(size))))
+        relative = tuple(s / unit for s in size)
         if diameter is None:
-            diameter = estimate_diameter(self.network, shown, size) or UNKNOWN_DIAMETER * min(size)
-        if not np.isfinite(diameter) or diameter <= 0:
-            raise ConfigError(f"diameter {diameter}: expected more than 0.")
-        return self.network.find(shown, size, float(diameter))
+            diameter = estimate_diameter(self.network, shown, relative) or UNKNOWN_DIAMETER * min(relative)
+            diameter *= unit
+        _check_diameter(diameter, min(size))
+        _check_enlarged(shown.shape[1:], size, diameter / self.settings.object_voxels)
+        return replace(self.network.find(shown, relative, diameter / unit), diameter=float(diameter))
+
+
+def _check_diameter(diameter: float, voxel: float) -> None:
+    if not voxel <= diameter <= LARGEST * voxel:
+        raise ConfigError(
+            f"diameter {diameter:g}: expected 1 to {LARGEST:g} pixels, and one measures {voxel:g}. Give it "
+            "in the unit of the image."
+        )
+
+
+def _check_enlarged(shape: Sequence[int], spacing: Sequence[float], voxel: float) -> None:
+    """Refuse to enlarge an image so much that memory would not hold it."""
+    enlarged = prod(max(1.0, n * s / voxel) for n, s in zip(shape, spacing, strict=True))
+    if enlarged > max(MOST_VOXELS, prod(shape)):
+        raise ConfigError(
+            f"objects so small would be looked at in {enlarged:.3g} voxels, which memory does not hold. Cut "
+            "the image, or check the diameter."
+        )
 
 
 def load_object_model(

@@ -50,7 +50,7 @@ def read_instances(
         if volume.channels != 1:
             raise LabelError(f"has {volume.channels} channels, a label map has one. Is it an image?")
         labels = whole_labels(volume.array)
-        split = meaning == "mask" or (meaning == "auto" and int(labels.max()) <= 1)
+        split = meaning == "mask" or (meaning == "auto" and 0 <= int(labels.min()) <= int(labels.max()) <= 1)
         found = instances_of(components_of(volume) if split else volume)
     except MedsegError as error:
         raise type(error)(f"{Path(path).name}: {error}") from error

@@ -6,9 +6,10 @@ import numpy as np
 
 from medseg.errors import ConfigError, GeometryError
 from medseg.io.grids import FLAT_FACTOR, FLAT_NOTE
-from medseg.io.microscopy import UNKNOWN_SPACING_NOTE
+from medseg.io.microscopy import UNKNOWN_SPACING_NOTE, UNKNOWN_UNIT_NOTE
 from medseg.volume import Geometry, Unit, Volume
 
+_UNKNOWN = {UNKNOWN_SPACING_NOTE, UNKNOWN_UNIT_NOTE}
 _NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 _SPACING = re.compile(rf"((?:{_NUMBER})(?:\s*x\s*(?:{_NUMBER})){{0,2}})\s*(mm|micron|microns|um|µm|μm)")
 
@@ -16,10 +17,11 @@ _SPACING = re.compile(rf"((?:{_NUMBER})(?:\s*x\s*(?:{_NUMBER})){{0,2}})\s*(mm|mi
 def knows_spacing(volume: Volume) -> bool:
     """Return whether the size of a pixel was read from the file.
 
-    PNG, JPG and BMP have no such thing, and many a TIFF does not say: the readers then put 1.
+    PNG, JPG and BMP have no such thing, and many a TIFF does not say, or says no unit: the readers then put
+    1, or mm.
     """
     picture = FLAT_NOTE in volume.notes and volume.spacing[:2] == (1.0, 1.0)
-    return UNKNOWN_SPACING_NOTE not in volume.notes and not picture
+    return not _UNKNOWN & set(volume.notes) and not picture
 
 
 def require_spacing(volume: Volume, name: str) -> Volume:
@@ -89,7 +91,7 @@ def with_spacing(volume: Volume, spacing: tuple[float, ...], unit: Unit) -> Volu
         raise GeometryError(f"spacing {spacing}: the image has three axes; give one or three lengths.")
     x, y = (sizes * 2)[:2]
     z = sizes[2] if len(sizes) == 3 else FLAT_FACTOR * max(x, y) if flat else x
-    notes = tuple(note for note in volume.notes if note != UNKNOWN_SPACING_NOTE)
+    notes = tuple(note for note in volume.notes if note not in _UNKNOWN)
     if knows_spacing(volume) is False and flat and len(sizes) < 3 and FLAT_NOTE not in notes:
         notes = (*notes, FLAT_NOTE)
     return Volume(volume.array, Geometry(volume.shape, np.diag([x, y, z, 1.0]), unit), notes)

@@ -178,7 +178,7 @@ def whole_labels(labels: Array) -> IntArray:
     Raises
     ------
     LabelError
-        Values are not whole, or too large for their floating-point type to tell them apart.
+        Values are not finite, not whole, or too large for their floating-point type to tell them apart.
     """
     if labels.dtype.kind in "iu":
         return labels
@@ -186,8 +186,10 @@ def whole_labels(labels: Array) -> IntArray:
         return labels.astype(np.uint8)
     if labels.dtype.kind != "f":
         raise LabelError(f"label map of {labels.dtype}: expected integers. Convert it.")
-    highest = float(np.abs(labels).max())
-    if not np.isfinite(highest) or not (np.trunc(labels) == labels).all():
+    highest = float(np.abs(labels).max(initial=0))
+    if not np.isfinite(highest):
+        raise LabelError("label map holds NaN or infinite values. Replace them, for example by 0.")
+    if not (np.trunc(labels) == labels).all():
         raise LabelError(
             "label map holds values that are not whole numbers: it was interpolated, or holds probabilities. "
             "Threshold it, or resample labels by nearest neighbour."

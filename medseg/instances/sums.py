@@ -136,7 +136,7 @@ def sum_intensities(labels: IntArray, image: Array, count: int) -> Intensities:
 def _statistics(table: FloatArray, highest: FloatArray, tally: IntArray) -> Intensities:
     pivot, total, squares, lowest = table
     finite, missing = tally
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         shift = total / finite
         std = np.sqrt(np.maximum(squares / finite - shift**2, 0.0))
     nothing = finite == 0
@@ -227,12 +227,8 @@ def _count_runs(labels: IntArray, voxels: IntArray) -> None:
             row = labels[i, j]
             k = 0
             while k < row.size:
-                start = k
-                label = row[k]
-                k += 1
-                while k < row.size and row[k] == label:
-                    k += 1
-                voxels[label] += k - start
+                start, k = k, _run_end(row, k)
+                voxels[row[start]] += k - start
 
 
 @jit
@@ -245,15 +241,20 @@ def _scan(
             row = labels[i, j]
             k = 0
             while k < row.size:
-                start = k
-                label = row[k]
-                k += 1
-                while k < row.size and row[k] == label:
-                    k += 1
+                start, k = k, _run_end(row, k)
+                label = row[start]
                 if label > 0:
                     voxels[label] += k - start
                     _grow(low[label], high[label], i, j, start, k)
                     _add_run(first[label], second[label], i, j, start, k)
+
+
+@jit
+def _run_end(row: IntArray, start: int) -> int:
+    stop = start + 1
+    while stop < row.size and row[stop] == row[start]:
+        stop += 1
+    return stop
 
 
 @jit

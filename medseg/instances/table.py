@@ -165,6 +165,19 @@ def measure_regions(
     return Table(_region_columns(instances, counts, region_titles))
 
 
+def check_regions(regions: Volume, image: Volume) -> None:
+    """Refuse regions of another image before anything is looked for in it.
+
+    Raises
+    ------
+    GeometryError
+        They are on another grid.
+    LabelError
+        They are no label map.
+    """
+    whole_labels(_fitting(regions, image.geometry, "regions", 3)[0])
+
+
 def _region_columns(instances: Instances, counts: RegionCounts, titles: Mapping[int, str] | None) -> Columns:
     unit, noun, power = _unit(instances), _noun(instances), instances.ndim
     voxel = _voxel_size(instances)

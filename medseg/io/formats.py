@@ -109,6 +109,17 @@ def write(volume: Volume, path: PathLike) -> None:
             raise type(error)(str(error).replace(str(temporary), str(path))) from error.__cause__
 
 
+def check_format(path: PathLike) -> None:
+    """Refuse an output whose format medseg does not write, before any work is done for it.
+
+    Raises
+    ------
+    ReadError
+        The suffix is not in :data:`WRITERS`.
+    """
+    _lookup(Path(path), WRITERS, "write")
+
+
 def suffix_of(path: PathLike) -> str:
     """Return the longest known suffix of a file's name, lower case, or an empty string.
 
@@ -139,6 +150,8 @@ def _lookup(path: Path, table: dict[str, T], verb: str) -> T:
     suffix = suffix_of(path)
     if suffix in table:
         return table[suffix]
+    if verb == "read" and not path.suffix and not path.exists():
+        raise ReadError(f"{path}: no such file. Check the path.")
     if path.is_dir():
         raise ReadError(
             f"{path}: is a folder; expected one image file. DICOM series come in a later release: "

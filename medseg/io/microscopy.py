@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # The tightest codec in use (zstd) packs a constant image about 10,000 : 1; more is a damaged header.
 MAX_RATIO = 10_000
 UNKNOWN_SPACING_NOTE = "the TIFF does not tell its voxel size: 1 is assumed"
+UNKNOWN_UNIT_NOTE = "the TIFF does not tell the unit of its voxel size: mm is assumed"
 # TIFF and PNG hold sizes but neither position nor direction; lengths that agree so far are the same.
 PLAIN_TOLERANCE = 1e-6
 
@@ -223,7 +224,8 @@ def _tiff_spacing(
         found = None
     if found is None:
         return (1.0, 1.0, None), "mm", [UNKNOWN_SPACING_NOTE]
-    return *found, []
+    sizes, unit = found
+    return sizes, unit or "mm", [] if unit else [UNKNOWN_UNIT_NOTE]
 
 
 def _sidecar(path: Path) -> tuple[float, float, float] | None:
@@ -243,7 +245,7 @@ def _sidecar(path: Path) -> tuple[float, float, float] | None:
     return None
 
 
-def _ome_spacing(xml: str) -> tuple[tuple[float, float, float | None], Unit] | None:
+def _ome_spacing(xml: str) -> tuple[tuple[float, float, float | None], Unit | None] | None:
     """Take PhysicalSizeX/Y/Z and their unit (default µm) of the first Pixels element."""
     pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", xml)
     found: dict[str, str] = dict(
@@ -256,7 +258,9 @@ def _ome_spacing(xml: str) -> tuple[tuple[float, float, float | None], Unit] | N
     return _positive((sizes["X"], sizes.get("Y", sizes["X"]), sizes.get("Z")), unit)
 
 
-def _imagej_spacing(tiff: "tifffile.TiffFile") -> tuple[tuple[float, float, float | None], Unit] | None:
+def _imagej_spacing(
+    tiff: "tifffile.TiffFile",
+) -> tuple[tuple[float, float, float | None], Unit | None] | None:
     """Take ImageJ's ``spacing`` and ``unit``, and pixels per unit from the resolution tags."""
     metadata: dict[str, Any] = tiff.imagej_metadata or {}
     unit, scale = _length(str(metadata.get("unit", "")))
@@ -272,16 +276,18 @@ def _imagej_spacing(tiff: "tifffile.TiffFile") -> tuple[tuple[float, float, floa
 
 
 def _positive(
-    sizes: tuple[float, float, float | None], unit: Unit
-) -> tuple[tuple[float, float, float | None], Unit] | None:
+    sizes: tuple[float, float, float | None], unit: Unit | None
+) -> tuple[tuple[float, float, float | None], Unit | None] | None:
     given = [size for size in sizes if size is not None]
     return (sizes, unit) if np.isfinite(given).all() and min(given) > 0 else None
 
 
-def _length(name: str) -> tuple[Unit, float]:
-    """Return medseg's unit for a unit's name, and the factor to it; unknown names count as mm."""
+def _length(name: str) -> tuple[Unit | None, float]:
+    """Return medseg's unit for a unit's name, and the factor to it; None for "pixel" and the like."""
     name = name.strip().lower()
-    return ("micron", _MICRONS[name]) if name in _MICRONS else ("mm", _MM.get(name, 1.0))
+    if name in _MICRONS:
+        return "micron", _MICRONS[name]
+    return ("mm", _MM[name]) if name in _MM else (None, 1.0)
 
 
 def _require_plain(volume: Volume, path: Path) -> None:

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from medseg.errors import Cancelled, ConfigError, DatasetError, GeometryError, LabelError, MedsegError
+from medseg.errors import ConfigError, DatasetError, LabelError
 from medseg.labels import LabelSet, LabelValue
-from medseg.log import logger, progress
+from medseg.log import logger
+from medseg.metrics.cases import check_grids, measure_cases, pair_aloud
 from medseg.metrics.definitions import MEAN, METRICS, ClassSummary, Empty, Failure, Row
 from medseg.metrics.overlap import Contingency, Counts, contingency, mask_of
 from medseg.metrics.pairing import (
@@ -33,12 +34,10 @@ from medseg.metrics.pairing import (
     find_labels,
     found_labels,
     load_label_map,
-    pair_cases,
 )
 from medseg.metrics.summary import Statistic, bootstrap_weights, summarize
 from medseg.metrics.surface import SurfaceDistances, surface_distances
 from medseg.types import Array, PathLike
-from medseg.volume import Geometry
 
 # Without a description, more different values than these are taken for intensities.
 MOST_FOUND = 50
@@ -170,13 +169,11 @@ def evaluate(
     """
     _check_settings(metrics, nsd_mm, resamples)
     label_set = find_labels(labels, predictions, references)
-    pairing = pair_cases(predictions, references)
-    warn_alone(pairing.predictions_alone, "predictions have no reference")
-    warn_alone(pairing.references_alone, "references have no prediction")
-    measured, failures = _measure_all(pairing.pairs, label_set, metrics, nsd_mm)
-    if not measured:
-        first = f"{failures[0].case}: {failures[0].error}"
-        raise DatasetError(f"none of the {len(failures)} cases could be measured. First: {first}")
+    pairing = pair_aloud(predictions, references)
+    tolerance = nsd_mm if any(METRICS[name].surface for name in metrics) else None
+    measured, failures = measure_cases(
+        pairing.pairs, "evaluate", lambda pair: _measure(pair, label_set, tolerance)
+    )
     targets = label_set.foreground if label_set else found_labels(v for m in measured for v in m.values)
     rows = tuple(row for case in measured for row in _rows(case, targets, metrics))
     return Evaluation(
@@ -219,30 +216,6 @@ def _check_settings(metrics: Sequence[str], nsd_mm: float, resamples: int) -> No
         raise ConfigError(f"resamples is {resamples}: expected at least 1 (1000 or more make sense).")
 
 
-def warn_alone(names: Sequence[str], what: str) -> None:
-    """Say once who has no partner: measuring one fold against all labels is usual, a lost case is not."""
-    if names:
-        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        logger.warning("%d %s and are not in the means: %s", len(names), what, some)
-
-
-def _measure_all(
-    pairs: Sequence[Pair], labels: LabelSet | None, metrics: Sequence[str], nsd_mm: float
-) -> tuple[list[_Measured], tuple[Failure, ...]]:
-    measured, failures = [], []
-    surfaces = any(METRICS[name].surface for name in metrics)
-    for pair in progress(pairs, "evaluate"):
-        try:
-            measured.append(_measure(pair, labels, nsd_mm if surfaces else None))
-        except Cancelled:
-            raise
-        except (MedsegError, MemoryError) as error:
-            reason = str(error).removeprefix(f"{pair.name}: ") or "out of memory"
-            failures.append(Failure(pair.name, reason))
-            logger.error("%s: not measured. %s", pair.name, reason)
-    return measured, tuple(failures)
-
-
 def _measure(pair: Pair, labels: LabelSet | None, nsd_mm: float | None) -> _Measured:
     reference = load_label_map(pair.reference, pair.name)
     prediction = load_label_map(pair.prediction, pair.name)
@@ -265,26 +238,6 @@ def _measure(pair: Pair, labels: LabelSet | None, nsd_mm: float | None) -> _Meas
         for name, label in targets.items():
             surfaces[name] = _surface_values(_distances(truth, guess, label, spacing, keep), nsd_mm)
     return _Measured(pair, reference.geometry.voxel_volume * to_mm**3 / 1000.0, table, surfaces)
-
-
-def check_grids(name: str, prediction: Geometry, reference: Geometry) -> None:
-    """Refuse two label maps that do not lie on one grid.
-
-    Raises
-    ------
-    GeometryError
-        They do not.
-    """
-    if prediction.matches(reference):
-        return
-    if prediction.shape != reference.shape:
-        what = f"the prediction has shape {prediction.shape}, the reference {reference.shape}"
-    else:
-        shift = np.abs(prediction.affine - reference.affine).max()
-        what = f"the affines differ by up to {shift:.4g} {reference.unit}"
-    raise GeometryError(
-        f"{name}: {what}; expected one grid. Resample the prediction onto the grid of the reference."
-    )
 
 
 def _warn_unknown(name: str, table: Contingency, labels: LabelSet | None) -> None:

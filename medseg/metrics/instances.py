@@ -15,20 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg.errors import Cancelled, ConfigError, DatasetError, MedsegError
+from medseg.errors import ConfigError, DatasetError
 from medseg.io.grids import FLAT_NOTE
-from medseg.log import logger, progress
+from medseg.log import logger
 from medseg.metrics.aggregated_jaccard import aggregated_jaccard, aggregated_jaccard_plus
 from medseg.metrics.average_precision import IOU_THRESHOLDS, CellPrecision, cell_average_precision
+from medseg.metrics.cases import check_grids, measure_cases, pair_aloud
 from medseg.metrics.cell_tracking import TrackingCounts, tracking_counts
 from medseg.metrics.counting import CountAgreement, count_agreement
 from medseg.metrics.definitions import Failure
-from medseg.metrics.evaluation import check_grids, warn_alone
 from medseg.metrics.lesion_table import LesionRow, LesionTable, check_rules, lesion_row, lesion_table
 from medseg.metrics.matching import EmptyPolicy, Matching, match_objects
 from medseg.metrics.mistakes import KINDS, Kind, Mistake, find_mistakes
 from medseg.metrics.overlap_table import OverlapTable, overlap_table
-from medseg.metrics.pairing import NamedMaps, Pair, load_label_map, pair_cases
+from medseg.metrics.pairing import NamedMaps, Pair, load_label_map
 from medseg.metrics.panoptic import PanopticQuality, panoptic_quality
 from medseg.metrics.ranking import Ranking, ScoredObjects, rank_objects, read_scores, score_objects
 from medseg.metrics.summary import Statistic, bootstrap_weights, summarize
@@ -228,9 +228,7 @@ def evaluate_instances(
         raise ConfigError(f"resamples is {resamples}: expected at least 1 (1000 or more make sense).")
     check_rules(lesion_rules)
     empty = empty or EmptyPolicy()
-    pairing = pair_cases(predictions, references)
-    warn_alone(pairing.predictions_alone, "predictions have no reference")
-    warn_alone(pairing.references_alone, "references have no prediction")
+    pairing = pair_aloud(predictions, references)
     seen, failures = _look(pairing.pairs, lesion_rules)
     tables = [(each.pair, each.table) for each in seen]
     matches = [match_objects(table, tau) for _, table in tables]
@@ -303,26 +301,13 @@ class _Seen:
 
 
 def _look(pairs: Sequence[Pair], rules: str | None) -> tuple[list[_Seen], tuple[Failure, ...]]:
-    seen: list[_Seen] = []
-    failures = []
-    for pair in progress(pairs, "evaluate objects"):
-        try:
-            seen.append(_measure(pair, rules))
-        except Cancelled:
-            raise
-        except (MedsegError, MemoryError) as error:
-            reason = str(error).removeprefix(f"{pair.name}: ") or "out of memory"
-            failures.append(Failure(pair.name, reason))
-            logger.error("%s: not measured. %s", pair.name, reason)
-    if not seen:
-        first = f"{failures[0].case}: {failures[0].error}"
-        raise DatasetError(f"none of the {len(failures)} cases could be measured. First: {first}")
+    seen, failures = measure_cases(pairs, "evaluate objects", lambda pair: _measure(pair, rules))
     if max(max(each.table.n_ref, each.table.n_pred) for each in seen) == 1:
         logger.warning(
             "No map holds more than one object. If these are masks of a class, number their parts first: "
             "an object is a label of its own."
         )
-    return seen, tuple(failures)
+    return seen, failures
 
 
 def _measure(pair: Pair, rules: str | None) -> _Seen:

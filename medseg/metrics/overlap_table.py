@@ -103,6 +103,36 @@ class OverlapTable:
             self.voxels,
         )
 
+    def joined(self, owners: IntArray) -> "OverlapTable":
+        """Return the table where predictions that have one owner are one object.
+
+        Parameters
+        ----------
+        owners : (m,) int, positive
+            The new label of each prediction.
+
+        Examples
+        --------
+        >>> table = overlap_table(np.array([1, 1, 1, 2]), np.array([4, 5, 6, 6]))
+        >>> table.joined(np.array([1, 1, 2])).iou.tolist()
+        [0.6666666666666666, 0.25, 0.5]
+        """
+        labels, places = np.unique(owners, return_inverse=True)
+        keys = self.pairs[:, 0] * max(1, len(labels)) + places[self.pairs[:, 1]]
+        pairs, rows = np.unique(keys, return_inverse=True)
+        sizes, shared = np.zeros(len(labels), np.int64), np.zeros(len(pairs), np.int64)
+        np.add.at(sizes, places, self.prediction_voxels)
+        np.add.at(shared, rows, self.pair_voxels)
+        return OverlapTable(
+            self.references,
+            labels.astype(np.int64),
+            self.reference_voxels,
+            sizes,
+            np.stack(np.divmod(pairs, max(1, len(labels))), axis=1),
+            shared,
+            self.voxels,
+        )
+
     def subset(self, references: BoolArray, predictions: BoolArray) -> "OverlapTable":
         """Return the table of some objects only, such as those of one class.
 

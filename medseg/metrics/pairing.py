@@ -101,13 +101,15 @@ def load_label_map(source: Source, name: str) -> Volume:
     array = volume.array
     if array.dtype.kind in "biu":
         return volume
+    if array.dtype.kind != "f":
+        raise LabelError(f"{name}: holds {array.dtype}, which is no label. Pass label maps of whole numbers.")
     rounded = np.rint(array) if np.isfinite(array).all() else None
     if rounded is None or not np.array_equal(rounded, array):
         raise LabelError(
             f"{name}: values are not whole numbers, so this is no label map. Pass label maps, not "
             "images or probabilities."
         )
-    highest = np.abs(rounded).max(initial=0.0)
+    highest = float(np.abs(rounded).max(initial=0.0))
     if highest >= 2.0**63:
         raise LabelError(f"{name}: holds {highest:g}, which is no label of 64 bits. Renumber the objects.")
     return volume.with_array(rounded.astype(np.int32 if highest < 2.0**31 else np.int64))

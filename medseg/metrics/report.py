@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
+from urllib.parse import quote
 
 import numpy as np
 
@@ -30,6 +31,8 @@ PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#0
 _INK, _MUTED, _GRID = "#1c2430", "#5a6675", "#dfe4ea"
 # Quartiles of fewer values say nothing that the points do not show.
 _BOX_FROM = 5
+# Values that span more than this factor are drawn on a logarithmic axis.
+_LOG_FROM = 30
 # More points than this are drawn as an image inside the SVG, which keeps a page small.
 _MANY_POINTS = 3000
 _STYLE = {
@@ -60,6 +63,7 @@ class Cell:
     note : small text under it; a line break makes a further line
     tone : ``"warn"`` or ``"bad"`` marks the cell
     part : length of a bar under the text, in [0, 1]
+    link : name of a file beside the page, which a click on the text opens
     """
 
     text: str
@@ -67,6 +71,7 @@ class Cell:
     note: str = ""
     tone: Tone = ""
     part: float | None = None
+    link: str = ""
 
 
 CellLike = Cell | str | float | int | None
@@ -74,11 +79,12 @@ CellLike = Cell | str | float | int | None
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG and what is to be seen on it."""
+    """A PNG and what is to be seen on it; a click opens `link`, the name of a file beside the page."""
 
     png: bytes
     caption: str
     note: str = ""
+    link: str = ""
 
 
 class HtmlReport:
@@ -144,7 +150,9 @@ class HtmlReport:
         legend: Mapping[str, str] | None = None,
     ) -> Self:
         """Add a grid of pictures; `legend` maps a class to its colour."""
-        items = [{"png": _base64(p.png), "caption": p.caption, "note": p.note} for p in pictures]
+        items = [
+            {"png": _base64(p.png), "caption": p.caption, "note": p.note, "link": p.link} for p in pictures
+        ]
         return self._add("pictures", title, pictures=items, note=note, legend=dict(legend or {}))
 
     def render(self) -> str:
@@ -158,6 +166,7 @@ class HtmlReport:
             trim_blocks=True,
             lstrip_blocks=True,
         )
+        environment.filters["beside"] = lambda name: f"./{quote(name, safe='')}"
         return environment.get_template("report.html").render(report=self)
 
     def write(self, path: PathLike) -> None:
@@ -204,6 +213,60 @@ def curves(
         if len(series) > 1:
             axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         return draw()
+
+
+def histogram(values: FloatArray, x_label: str, y_label: str, size: tuple[float, float] = (7.2, 2.6)) -> str:
+    """Draw how many values lie where, with a line at the median, as SVG.
+
+    Parameters
+    ----------
+    values : (n,), n > 0
+        Finite.
+    x_label, y_label : axis titles with their units
+    size : inches
+    """
+    edges, log = histogram_edges(values)
+    middle = float(np.median(values))
+    with _figure(size) as (figure, draw):
+        axes = figure.add_subplot()
+        axes.hist(values, edges.tolist(), color=PALETTE[1], edgecolor="#ffffff", linewidth=0.6)
+        axes.axvline(middle, color=_INK, linewidth=1.2, linestyle="--", label=f"median {middle:.4g}")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.locator_params(axis="y", integer=True)
+        axes.grid(axis="y", color=_GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.legend(frameon=False)
+        return draw()
+
+
+def histogram_edges(values: FloatArray) -> tuple[FloatArray, bool]:
+    """Return where bars begin and end, and whether the axis is logarithmic.
+
+    It is where positive values span more than a factor of 30. There are twice as many bars as the cube root
+    of the number of values (Rice's rule), 5 to 60.
+
+    Examples
+    --------
+    >>> histogram_edges(np.array([0.0, 10.0]))
+    (array([ 0.,  2.,  4.,  6.,  8., 10.]), False)
+    """
+    low, high = float(values.min()), float(values.max())
+    count = int(np.clip(np.ceil(2 * len(values) ** (1 / 3)), 5, 60))
+    log = low > 0 and high / low > _LOG_FROM
+    if log:
+        edges = np.geomspace(low, high, count + 1)
+    elif high - low > 1e-9 * max(abs(low), abs(high)):
+        edges = np.linspace(low, high, count + 1)
+    else:  # as good as equal: one bar as wide as its value, so that it can be seen
+        wide = abs(high) / 2 or 0.5
+        edges = np.array([low - wide, high + wide])
+    if len(edges) > 2:
+        edges[[0, -1]] = low, high  # which rounding would leave out
+    return edges, log
 
 
 @dataclass(frozen=True)

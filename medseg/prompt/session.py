@@ -7,7 +7,8 @@ computed again from the prompts and the masks that it came from.
 
 >>> from medseg.prompt.prompts import Point
 >>> from medseg.volume import Geometry
->>> volume = Volume(np.zeros((8, 8, 8), np.float32), Geometry((8, 8, 8), np.eye(4)))
+>>> image = np.arange(512, dtype=np.float32).reshape(8, 8, 8)
+>>> volume = Volume(image, Geometry((8, 8, 8), np.eye(4)))
 >>> def cube(models, target, propagator, config):  # stands in for the networks
 ...     mask = np.zeros((8, 8, 8), dtype=bool)
 ...     mask[2:5, 2:5, 2:5] = True

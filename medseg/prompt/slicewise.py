@@ -490,7 +490,7 @@ def crop_around(boxes: Sequence[SliceBox], shape: tuple[int, int], zoom: Zoom) -
     Examples
     --------
     >>> crop_around([(10.5, 20.5, 40.5, 44.5)], (100, 90), Zoom(times=2, least=48))
-    (0, 3, 60, 63)
+    (0, 0, 60, 60)
     """
     top, left, bottom, right = _around(boxes)
     wanted = max(zoom.times * max(bottom - top, right - left), zoom.least)

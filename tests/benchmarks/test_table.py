@@ -39,6 +39,16 @@ def test_a_result_names_no_path(path: Path) -> None:
     assert not [text for text in strings if re.search(r"(^|[\s=:'(])(~|[A-Za-z]:\\\\|/\w)", text)]
 
 
+def test_splitting_was_measured_in_full_beside_scikit_image_and_met_its_bars() -> None:
+    text = (Path(__file__).parent / "instances" / "split_vs_skimage.json").read_text(encoding="utf-8")
+    result = json.loads(text)
+    assert not result["quick"] and result["phantom"]["objects"] == 4913
+    assert result["command"] == "python tests/benchmarks/instances/split_vs_skimage.py"
+    assert result["ratio"]["cpu"] >= 8 and result["ratio"]["memory"] >= 3
+    assert all(row["met"] for row in result["rows"]) and set(result["versions"]["medseg"]) >= {"scikit-image"}
+    assert "/tmp" not in text and "/work" not in text
+
+
 def test_a_missed_bar_is_shown_as_missed() -> None:
     results = {"a": a_result("first", met=True), "b": a_result("second", met=False)}
     lines = [line for line in table.block(results).splitlines() if line.startswith("| ")]

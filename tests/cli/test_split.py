@@ -43,7 +43,7 @@ def test_a_mask_becomes_objects_on_its_own_grid(tmp_path: Path, name: str) -> No
     source = saved(tmp_path / name, thick)
     result = run(source, "-o", tmp_path / "out" / name)
     assert result.exit_code == 0, result.output
-    assert "2 objects of a label map, by basins" in result.stdout
+    assert "2 objects of a mask, by basins" in result.stdout
     before, after = read(source), read(tmp_path / "out" / name)
     assert after.geometry.matches(before.geometry)
     assert after.array.dtype == np.uint16 and after.array.max() == 2
@@ -142,3 +142,37 @@ def test_more_objects_than_16_bits_are_written_in_32(tmp_path: Path) -> None:
     facts = facts_of(saved(tmp_path / "m.tif", mask), "-o", tmp_path / "o.tif", "--method", "components")
     after = read(tmp_path / "o.tif").array
     assert after.max() == facts["objects"] == 265 * 250 and after.dtype == np.int32
+
+
+def test_depths_can_be_tuned_by_a_reference(tmp_path: Path) -> None:
+    source = saved(tmp_path / "mask.nii.gz", PAIR.astype(np.uint8))
+    whole = saved(tmp_path / "one.nii.gz", PAIR.astype(np.uint8) * 7)
+    halves = saved(
+        tmp_path / "two.nii.gz", np.where(np.indices(PAIR.shape)[1] < 20, 1, 2) * PAIR.astype(np.uint8)
+    )
+    for reference, objects in ((whole, 1), (halves, 2)):
+        facts = facts_of(source, "-o", tmp_path / "o.nii.gz", "--tune", reference)
+        best = facts["tuned"]["trials"][0]
+        assert facts["objects"] == best["objects"] == objects and best["f1"] == 1
+        assert facts["settings"]["h"] == best["h"] and facts["settings"]["rel"] == best["rel"]
+    told = run(source, "-o", tmp_path / "o.nii.gz", "--tune", halves, "--method", "watershed").stdout
+    assert "tuned: --h-mm " in told and "F1 1.000" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (("--h-mm", "1"), ConfigError, "Leave them out"),
+        (("--method", "components"), ConfigError, "no depth to tune"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(
+    tmp_path: Path, words: tuple[str, ...], error: type[Exception], message: str
+) -> None:
+    source = saved(tmp_path / "m.nii.gz", PAIR.astype(np.uint8))
+    labels = saved(tmp_path / "l.nii.gz", PAIR.astype(np.uint8) * 7)
+    found = run(source, "-o", tmp_path / "o.nii.gz", "--tune", labels, *words).exception
+    assert isinstance(found, error) and message in str(found)
+    other = saved(tmp_path / "other.nii.gz", PAIR[:-1].astype(np.uint8))
+    found = run(source, "-o", tmp_path / "o.nii.gz", "--tune", other).exception
+    assert isinstance(found, GeometryError) and "same image" in str(found)

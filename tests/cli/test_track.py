@@ -65,7 +65,7 @@ def test_track_follows_cells_over_frames(tmp_path: Path) -> None:
         write_label_map(frame([*discs, (45.0, 45.0, 5.0)]), path)
     done = CliRunner().invoke(app, ["track", *map(str, files), "-o", str(tmp_path / "out"), "--cells"])
     assert done.exit_code == 0, done.output
-    assert "4 tracks over 3 frames, 1 divisions" in done.output
+    assert "4 tracks over 3 frames, 1 division" in done.output
     assert len(np.unique(read(tmp_path / "out" / "tracks_0002.tif").array)) == 4
 
 

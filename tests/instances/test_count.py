@@ -82,6 +82,10 @@ def test_images_become_a_folder_of_results(tmp_path: Path) -> None:
         assert labels.shape == (110, 120) and len(np.unique(labels)) == 9
         assert (out / f"{name}_overlay.png").stat().st_size > 1000 and (out / f"{name}_rois.zip").exists()
     assert (out / "counts.csv").read_text().splitlines()[1:] == ["a.png,8", "b.tif,8"]
+    index = (out / "report.html").read_text()
+    for name in ("a", "b"):
+        assert f'href="./{name}_report.html"' in index
+        assert "area (px²)" in (out / f"{name}_report.html").read_text()
 
 
 def test_a_size_that_no_file_tells_is_asked_for(tmp_path: Path) -> None:
@@ -98,6 +102,7 @@ def test_one_bad_image_does_not_stop_the_others(tmp_path: Path) -> None:
         tmp_path, "-o", tmp_path / "out", "--pixel-size", "1 micron", code=3
     )
     assert (tmp_path / "out" / "a_objects.csv").exists()
+    assert "Images that were not counted" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_volume_is_refused_by_a_model_for_pictures() -> None:

@@ -192,6 +192,7 @@ def test_qc_counts_add_up_and_name_the_rule() -> None:
     plain = objects(labels, (1.0, 1.0, 2.0))
     dropped = (Dropped("smaller than 3 mm3", 4, 6), Dropped("score below 0.5", 1, 50))
     found = instances_of(plain.volume, dropped=dropped)
+    assert "volume_px3" in describe_qc(found, in_pixels=True)["dropped"][0]
     report = describe_qc(found, ["tile 3: out of memory"])
     assert report["found_objects"] == report["objects"] + 5
     assert report["dropped"][0] == {"rule": "smaller than 3 mm3", "count": 4, "voxels": 6, "volume_mm3": 12.0}

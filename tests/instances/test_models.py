@@ -71,8 +71,22 @@ def test_colour_grey_and_alpha_are_taken_and_other_axes_refused(models: dict[str
         models["nuclei3d"].segment(byte)
     with pytest.raises(ConfigError, match="diameter"):
         models["nuclei2d"].segment(byte, diameter=-1.0)
+    with pytest.raises(ConfigError, match="colours, stains or time points"):
+        models["nuclei2d"].segment(np.stack([byte, byte[::-1]]), diameter=15.0)
+    with pytest.raises(ConfigError, match="memory does not hold"):
+        models["nuclei2d"].segment(np.random.default_rng(0).random((2000, 2000)), diameter=1.0)
     with pytest.raises(ConfigError, match="spacing"):
         models["nuclei2d"].segment(byte, spacing=(1.0, 0.0))
+
+
+def test_objects_do_not_depend_on_the_unit(models: dict[str, ObjectModel]) -> None:
+    _, image = scene("nuclei2d")
+    micron = models["nuclei2d"].segment(image, (0.5, 0.5), diameter=7.5)
+    for unit in (2.0**20, 2.0**-20):
+        other = models["nuclei2d"].segment(image, (0.5 * unit, 0.5 * unit), diameter=7.5 * unit)
+        assert (other.labels == micron.labels).all() and other.diameter == 7.5 * unit
+    found = models["nuclei2d"].segment(image, (500.0, 500.0), diameter=7500.0)
+    assert len(found.scores) == len(micron.scores), "nanometres"
 
 
 def test_an_anisotropic_volume_holds_the_same_cells(models: dict[str, ObjectModel]) -> None:

@@ -44,7 +44,7 @@ def test_a_mask_and_huge_numbers_are_taken_and_an_empty_image_has_no_objects() -
     ("values", "words"),
     [
         (np.array([0.0, 0.5]), "not whole"),
-        (np.array([0.0, np.nan]), "not whole"),
+        (np.array([0.0, np.nan]), "NaN or infinite"),
         (np.array([0, -1]), "-1"),
         (np.array([0, 2**25], np.float32), "cannot tell"),
         (np.array([0, 1j]), "expected integers"),

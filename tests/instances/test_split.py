@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from medseg.config import Config
 from medseg.errors import ConfigError, GeometryError, LabelError
 from medseg.instances.basins import find_basins
 from medseg.instances.components import label_components
-from medseg.instances.distance import distance_map
+from medseg.instances.distance import distance_map, label_distances
 from medseg.instances.flood import flood
 from medseg.instances.sizes import remove_small
 from medseg.instances.split import SPLITTERS, BasinsConfig, ComponentsConfig, WatershedConfig, split
@@ -198,6 +198,31 @@ def test_distances_are_those_of_scipy(spacing: tuple[float, ...]) -> None:
     assert np.allclose(distance_map(mask, spacing), expected, rtol=1e-6)
     assert np.allclose(distance_map(mask, spacing, cap=1.2), np.minimum(expected, 1.2), rtol=1e-6)
     assert np.array_equal(distance_map(np.asfortranarray(mask), spacing), distance_map(mask, spacing))
+
+
+@given(integer_heights(), st.sampled_from([np.uint8, np.int32, np.uint64]), st.floats(0.1, 9.0))
+def test_distances_of_labels_are_those_of_each_alone(height: FloatArray, dtype: type, size: float) -> None:
+    labels, spacing = height.astype(dtype), (size, *[1.0] * (height.ndim - 1))
+    assume(labels.min() != labels.max())
+    found = label_distances(labels, spacing)
+    for value in np.unique(labels[labels > 0]):
+        alone = distance_map(labels == value, spacing)
+        assert np.array_equal(np.where(labels == value, found, 0), alone)
+
+
+@given(integer_heights())
+def test_labels_are_split_alike_one_by_one_and_in_one_sweep(height: FloatArray) -> None:
+    labels, spacing = (
+        np.kron(height.astype(np.int32), np.ones([3] * height.ndim, np.int32)),
+        [1.0] * height.ndim,
+    )
+    found = []
+    for start in (-(10**9), 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("medseg.instances.split._START", start)
+            found.append(split(labels, spacing))
+    assert np.array_equal(found[0].labels, found[1].labels)
+    assert np.array_equal(found[0].sources, found[1].sources)
 
 
 def test_without_background_every_distance_is_the_diagonal() -> None:

@@ -5,6 +5,8 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from medseg.io import write
@@ -17,6 +19,8 @@ from medseg.metrics.report import (
     Picture,
     class_colours,
     curves,
+    histogram,
+    histogram_edges,
     slice_picture,
     strip_plot,
     worst_slice,
@@ -65,6 +69,26 @@ def test_names_from_files_cannot_inject_script():
     page.add_pictures(HOSTILE, [Picture(b"", HOSTILE, HOSTILE)], HOSTILE, {HOSTILE: "#000"})
     page.add_figure("x", strip_plot([Panel(HOSTILE, {HOSTILE: np.array([0.5])}, 1.0)]), HOSTILE)
     assert "<script>alert" not in page.render()
+
+
+def test_links_lead_only_to_files_beside_the_page():
+    name = '../a"b/javascript:alert(1).html'
+    page = HtmlReport("x").add_table("t", ["c"], [[Cell("open", link=name)]])
+    links = re.findall(r'href="([^"]*)"', page.add_pictures("p", [Picture(b"", "a", link=name)]).render())
+    assert links == ["./..%2Fa%22b%2Fjavascript%3Aalert%281%29.html"] * 2
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
+def test_a_histogram_leaves_no_value_out(values):
+    edges, log = histogram_edges(np.array(values))
+    assert np.histogram(values, edges)[0].sum() == len(values)
+    assert not log or min(values) > 0
+
+
+@pytest.mark.parametrize("values", [[3.0], [2.0, 2.0], [0.0, 1.0], [0.01, 1.0, 5000.0]])
+def test_a_histogram_is_drawn_of_any_values(values):
+    drawing = histogram(np.array(values), "area (µm²)", "objects")
+    assert drawing.startswith("<svg") and "area (µm²)" in drawing and "median" in drawing
 
 
 def test_an_evaluation_page_names_every_case_class_failure_and_definition(tmp_path):

@@ -1,11 +1,13 @@
 """A picture of objects on their image: exact outlines, a colour for each, for the eye to judge.
 
 A picture is shown whole. Of a volume there are three planes, each where most objects lie, and below them
-slices from the first object to the last. Anatomy (mm) is in the radiologist's view: the patient's right on
+slices from the first object to the last. A page (:func:`draw_views`) shows the same as pictures of their own,
+and a volume in one look besides. Anatomy (mm) is in the radiologist's view: the patient's right on
 the left, front or head up; microscopy is as its array lies, i to the right and j or k down.
 """
 
 import colorsys
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Pixels: a small picture is enlarged to the first, a large one is thinned out to the second.
-_SMALL, _LARGE = 900, 4000
+_SMALL, _LARGE, _LARGE_ON_PAGE = 900, 4000, 1800
+_THUMBNAIL = 420
 _PLANE, _GAP, _HEAD = 520, 8, 30
 _COLUMNS, _ROWS = 6, 2
+_SLICES_ON_PAGE = 5
 _GROUND, _INK, _MUTED = (17, 21, 27), (242, 245, 248), (154, 167, 181)
 # Part of the values that may be darker than black or brighter than white.
 _CLIPPED = (0.5, 99.5)
@@ -46,6 +50,14 @@ class _Shown:
     anatomy: bool
 
 
+@dataclass(frozen=True, eq=False)
+class View:
+    """A PNG of objects on their image, and what is to be seen on it."""
+
+    png: bytes
+    caption: str
+
+
 def write_overlay(instances: Instances, image: Volume, path: PathLike, title: str = "") -> None:
     """Draw the outlines of all objects on their image and write a PNG.
 
@@ -63,15 +75,44 @@ def write_overlay(instances: Instances, image: Volume, path: PathLike, title: st
     GeometryError
         The image is on another grid.
     """
-    if not instances.geometry.matches(image.geometry):
-        difference = grid_difference(instances.geometry, image.geometry, "the objects") or "its place differs"
-        raise GeometryError(f"image: {difference}. Resample it onto the grid of the objects.")
     shown = _prepare(instances, image)
-    body = _picture(shown) if instances.ndim == 2 else _volume(shown)
+    body = _picture(shown, _LARGE) if instances.ndim == 2 else _volume(shown)
     count = f"{len(instances)} object{'' if len(instances) == 1 else 's'}"
     sheet = _titled(body, f"{title}  ·  {count}" if title else count)
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
+
+
+def draw_views(instances: Instances, image: Volume) -> list[View]:
+    """Return what a page shows of an image: all of a picture; of a volume planes, a projection and slices.
+
+    The planes lie where most objects are. The projection is of the brightest values, with the outline of the
+    object that a ray meets first: anatomy (mm) seen from the front, microscopy along k.
+
+    Raises
+    ------
+    GeometryError
+        The image is on another grid.
+    """
+    shown = _prepare(instances, image)
+    if instances.ndim == 2:
+        return [View(_png(_picture(shown, _LARGE_ON_PAGE)), "the whole picture")]
+    views = [_plane(shown, axis, _fullest(shown.labels, axis)) for axis in (2, 1, 0)]
+    along = 1 if shown.anatomy else 2
+    projected = _panel(_projected(shown, along), along, 0, _PLANE, shown.anatomy, "projection")
+    name = _NAMES[along] if shown.anatomy else f"along {'ijk'[along]}"
+    views.append(View(_png(projected), f"projection ({name}): brightest values, first objects"))
+    return views + [_plane(shown, 2, index) for index in _slices(shown.labels, _SLICES_ON_PAGE)]
+
+
+def read_thumbnail(path: PathLike) -> bytes:
+    """Return a small PNG of what :func:`write_overlay` wrote, without its headline."""
+    from PIL import Image
+
+    with Image.open(path) as sheet:
+        small = sheet.convert("RGB").crop((0, _HEAD, *sheet.size))
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return _png(np.asarray(small))
 
 
 def colours_of(count: int) -> IntArray:
@@ -107,7 +148,18 @@ def draw_outlines(image: FloatArray, labels: IntArray, zoom: int = 1) -> IntArra
     return picture
 
 
+def _png(pixels: IntArray) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    return stream.getvalue()
+
+
 def _prepare(instances: Instances, image: Volume) -> _Shown:
+    if not instances.geometry.matches(image.geometry):
+        difference = grid_difference(instances.geometry, image.geometry, "the objects") or "its place differs"
+        raise GeometryError(f"image: {difference}. Resample it onto the grid of the objects.")
     anatomy = instances.ndim == 3 and instances.unit == "mm"
     colour = image.channels == 3 and image.array.dtype == np.uint8
     channels = image if colour else Volume(image.array[:1], image.geometry)
@@ -124,13 +176,26 @@ def _window(values: Array) -> FloatArray:
     if not finite.size:
         return np.zeros(values.shape, np.float32)
     low, high = np.percentile(finite[:: max(1, finite.size // 2_000_000)], _CLIPPED)
-    scaled = (np.nan_to_num(values.astype(np.float32), nan=low) - low) / max(high - low, 1e-12)
-    return np.asarray(np.clip(scaled, 0.0, 1.0))
+    exact = np.float64 if values.dtype.itemsize > 4 else np.float32
+    seen = np.nan_to_num(values.astype(exact), nan=low, posinf=high, neginf=low)
+    scaled = (seen - low) / max(high - low, 1e-12)
+    return np.asarray(np.clip(scaled, 0.0, 1.0), np.float32)
 
 
-def _picture(shown: _Shown) -> IntArray:
+def _projected(shown: _Shown, axis: int) -> _Shown:
+    """Return one slice: along an axis the brightest value, and the first object."""
+    labels = np.flip(shown.labels, axis) if shown.anatomy else shown.labels  # the patient's front is last
+    first = np.expand_dims((labels > 0).argmax(axis), axis)
+    labels = np.take_along_axis(labels, first, axis)
+    brightest: FloatArray = shown.image.max(axis, keepdims=True)
+    if brightest.ndim == 3:  # of a noisy volume all are bright
+        brightest = _window(brightest)
+    return _Shown(brightest, labels, shown.spacing, shown.anatomy)
+
+
+def _picture(shown: _Shown, most: int) -> IntArray:
     image, labels = shown.image[:, :, 0].swapaxes(0, 1), shown.labels[:, :, 0].T
-    step = max(1, -(-max(labels.shape) // _LARGE))
+    step = max(1, -(-max(labels.shape) // most))
     zoom = max(1, _SMALL // max(labels.shape))
     return draw_outlines(image[::step, ::step], labels[::step, ::step], zoom)
 
@@ -166,14 +231,23 @@ def _fullest(labels: IntArray, axis: int) -> int:
     return int(np.argmax(area)) if area.any() else labels.shape[axis] // 2
 
 
-def _slices(labels: IntArray) -> list[int]:
+def _slices(labels: IntArray, most: int = _COLUMNS * _ROWS) -> list[int]:
     hit = np.flatnonzero(labels.any(axis=(0, 1)))
     low, high = (int(hit[0]), int(hit[-1])) if hit.size else (0, labels.shape[2] - 1)
-    count = min(_COLUMNS * _ROWS, high - low + 1)
+    count = min(most, high - low + 1)
     return sorted({round(float(index)) for index in np.linspace(low, high, count)})
 
 
-def _panel(shown: _Shown, axis: int, index: int, side: int, letters: bool) -> IntArray:
+def _name(shown: _Shown, axis: int, index: int) -> str:
+    return f"{_NAMES[axis] if shown.anatomy else 'ijk'[axis]} {index}"
+
+
+def _plane(shown: _Shown, axis: int, index: int) -> View:
+    panel = _panel(shown, axis, index, _PLANE, shown.anatomy)
+    return View(_png(panel), f"slice {_name(shown, axis, index)}")
+
+
+def _panel(shown: _Shown, axis: int, index: int, side: int, letters: bool, name: str = "") -> IntArray:
     """Return a square picture of one slice, in the aspect of the body, with its name and index."""
     across, down = (a for a in range(3) if a != axis)
     image: FloatArray = np.swapaxes(shown.image.take(index, axis), 0, 1)
@@ -189,8 +263,7 @@ def _panel(shown: _Shown, axis: int, index: int, side: int, letters: bool) -> In
     panel = np.full((side, side, 3), (1, 1, 1), np.uint8)  # not quite the black that is filled between rows
     top, left = (side - height) // 2, (side - width) // 2
     panel[top : top + height, left : left + width] = np.maximum(drawn, 1)
-    name = f"{_NAMES[axis] if shown.anatomy else 'ijk'[axis]} {index}"
-    return _lettered(panel, name, _EDGES[axis] if letters else ())
+    return _lettered(panel, name or _name(shown, axis, index), _EDGES[axis] if letters else ())
 
 
 def _lettered(panel: IntArray, name: str, edges: tuple[str, ...]) -> IntArray:

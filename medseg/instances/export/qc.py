@@ -12,12 +12,17 @@ from medseg.instances.sums import sum_objects
 from medseg.types import PathLike
 
 
-def write_qc(instances: Instances, path: PathLike, failures: Sequence[str] = ()) -> None:
+def write_qc(
+    instances: Instances, path: PathLike, failures: Sequence[str] = (), in_pixels: bool = False
+) -> None:
     """Write :func:`describe_qc`."""
-    write_text(path, json.dumps(describe_qc(instances, failures), indent=2, allow_nan=False) + "\n")
+    found = describe_qc(instances, failures, in_pixels)
+    write_text(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
 
 
-def describe_qc(instances: Instances, failures: Sequence[str] = ()) -> dict[str, Any]:
+def describe_qc(
+    instances: Instances, failures: Sequence[str] = (), in_pixels: bool = False
+) -> dict[str, Any]:
     """Return what happened to objects, as plain data.
 
     Parameters
@@ -25,13 +30,15 @@ def describe_qc(instances: Instances, failures: Sequence[str] = ()) -> dict[str,
     instances : Instances
     failures : sentences
         Tiles that failed and limits that were reached.
+    in_pixels : bool
+        The image has no scale: sizes are in pixels.
 
     Returns
     -------
     dict
         ``objects`` + ``dropped_objects`` is ``found_objects``. Sizes are volumes, of a picture areas.
     """
-    unit = "um" if instances.unit == "micron" else "mm"
+    unit = "px" if in_pixels else "um" if instances.unit == "micron" else "mm"
     power = instances.ndim
     steps = instances.geometry.affine[:3, :power]
     voxel = float(np.sqrt(np.linalg.det(steps.T @ steps)))

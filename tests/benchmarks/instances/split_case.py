@@ -80,12 +80,14 @@ def scikit_image(mask: Any, folder: Path, stages: Stages) -> dict[str, Any]:
 
 
 def retune(mask: Any, folder: Path, stages: Stages) -> dict[str, Any]:
-    """Split once more with another depth."""
+    """Split, and then with other depths: the first label map also pays for fresh memory."""
     from medseg.instances.basins import find_basins
     from medseg.instances.distance import distance_map
+    from medseg.instances.split import DEFAULT_DEPTH
 
     distances = stages.run("distances", distance_map, mask, (1.0, 1.0, 1.0))
     basins = stages.run("basins", find_basins, distances)
+    stages.run("first labels", basins.labels, DEFAULT_DEPTH)
     counts = {f"{h:g}": int(stages.run(f"h {h:g}", basins.labels, h).max()) for h in (0.0, 0.5, 1.0, 2.0)}
     return {"basins": len(basins.hierarchy.roots), "objects_by_h": counts}
 
