@@ -37,14 +37,23 @@ def evaluate(
     background_is_void: Annotated[
         bool, typer.Option("--background-is-void", help="With --panoptic: judge nothing where no class is.")
     ] = False,
+    lesions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GLI|SSA|PED|MEN|MET",
+            help="With --instances: lesion-wise Dice and HD95 too, by the rules of this task of BraTS 2023.",
+        ),
+    ] = None,
 ) -> None:
     """Measure PREDICTIONS against REFERENCES, matched by case name.
 
     Dice, IoU, volume error, surface Dice, HD95 and ASSD, with 95 % bootstrap intervals; with --instances F1,
-    AP, PQ, AJI, SEG, DET, counts, and what was missed, invented, merged or split; with --panoptic PQ, SQ and
-    RQ of things, stuff and both. Exit code 3 if some cases could not be measured, 4 if none matches.
+    AP, PQ, AJI, SEG, DET, counts, and what was missed, invented, merged or split, and where scores lie beside
+    the predictions (CASE.json, or CASE_objects.csv of medseg count) COCO AP and FROC; with --panoptic PQ, SQ
+    and RQ of things, stuff and both. Exit code 3 if some cases could not be measured, 4 if none matches.
     """
     from medseg import metrics
+    from medseg.errors import ConfigError
     from medseg.files import check_distinct, check_writable
 
     for path in (json, html, csv):
@@ -59,7 +68,9 @@ def evaluate(
     if instances:
         from medseg.cli.evaluate_instances import evaluate_objects
 
-        return evaluate_objects(predictions, references, iou, json, html, csv, images, seed, labels)
+        return evaluate_objects(predictions, references, iou, json, html, csv, images, seed, labels, lesions)
+    if lesions is not None:
+        raise ConfigError("--lesions is for objects. Pass --instances too.")
     result = metrics.evaluate(predictions, references, nsd_mm, _labels(labels), seed=seed)
     _show(result, json, html, csv, images)
 

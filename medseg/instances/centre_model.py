@@ -19,7 +19,8 @@ from medseg.errors import ConfigError
 from medseg.infer.sliding import Window
 from medseg.instances.centres import FAR, find_centres, group_votes
 from medseg.instances.dropped import Dropped
-from medseg.instances.rescale import Grid, normalise, one_if_equal, read_slab, set_channels, to_grid
+from medseg.instances.rescale import Grid, normalise, one_if_equal, read_slab, to_grid
+from medseg.io.channels import set_channels
 from medseg.nets.centre_heads import CentreHeads
 from medseg.types import Array, FloatArray, IntArray, Shape
 

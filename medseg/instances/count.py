@@ -128,7 +128,7 @@ def count_objects(
     Raises
     ------
     ConfigError
-        There is no such channel, or one has to be chosen.
+        There is no such channel, one has to be chosen, or a diameter is given for a detector.
     DataError
         A picture for a 3D model, a volume for a 2D one, or values that are not finite.
     """

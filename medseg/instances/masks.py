@@ -37,7 +37,7 @@ def find_masks(detector: Detector, image: Volume, score: float | None = None) ->
         for k, (value, sure) in enumerate(zip(each.classes.tolist(), each.scores.tolist(), strict=True)):
             voxels: IntArray = np.zeros(0, np.int64)
             if sure >= least:
-                threshold = detector.settings.find.mask
+                threshold = detector.finding.mask
                 window, inside = mask_window(each.boxes[k], each.masks[k], each.shape, threshold)
                 voxels = where[window][inside]
             result.append(mask_of(voxels, image.shape, kinds[value], sure))

@@ -65,12 +65,15 @@ class Case:
         Label map; None where there is none.
     patient : str
         Cases of one patient never part in a split.
+    channels : int, optional
+        What images of another number of channels are brought to; None refuses them.
     """
 
     name: str
     images: tuple[Path, ...]
     label: Path | None
     patient: str
+    channels: int | None = None
 
 
 @dataclass

@@ -38,6 +38,7 @@ from medseg.train.centre_samples import CentreCase, CentreSampler, make_case, me
 from medseg.train.processes import claimed, launch
 from medseg.train.samples import PatchSource
 from medseg.train.setup import Fold
+from medseg.train.setup import hold_out as draw_held_out
 from medseg.train.synthetic_cells import SyntheticSampler
 from medseg.types import Array, IntArray, PathLike
 
@@ -144,13 +145,10 @@ def hold_out(cases: Sequence[Case], config: CentreConfig) -> tuple[tuple[Case, .
     DatasetError
         Nothing is left to train on.
     """
-    ordered = sorted(cases, key=lambda case: case.name)
-    count = len(ordered) if config.hold_out < 0 else config.hold_out
-    if config.synthetic is None and count >= len(ordered):
-        raise DatasetError(f"hold_out {count}: there are {len(ordered)} cases. Hold fewer out.")
-    chosen = set(np.random.default_rng(config.hold_out_seed).permutation(len(ordered))[:count].tolist())
-    held = tuple(case for n, case in enumerate(ordered) if n in chosen)
-    return tuple(case for n, case in enumerate(ordered) if n not in chosen), held
+    ordered = tuple(sorted(cases, key=lambda case: case.name))
+    if config.synthetic is not None and not 0 <= config.hold_out < len(ordered):
+        return (), ordered
+    return draw_held_out(ordered, config.hold_out, config.hold_out_seed)
 
 
 def describe_centre(dataset: Dataset | PathLike, out: PathLike, **choices: Any) -> dict[str, Any]:

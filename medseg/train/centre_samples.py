@@ -14,7 +14,8 @@ from torch import Tensor
 
 from medseg.errors import TrainingError
 from medseg.instances.centre_targets import make_targets, number_objects
-from medseg.instances.rescale import labels_to_grid, normalise, one_if_equal, set_channels, to_grid
+from medseg.instances.rescale import labels_to_grid, normalise, one_if_equal, to_grid
+from medseg.io.channels import set_channels
 from medseg.train.centre_config import CentreAugment, CentreConfig
 from medseg.train.config import Ranged, TrainConfig
 from medseg.train.samples import Sample
