@@ -1,15 +1,16 @@
-"""What the integers of a label map mean: classes, or overlapping regions, and the ignore label."""
+"""What the integers of a label map mean: classes, overlapping regions, things and stuff, what to ignore."""
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from medseg.config import Config
-from medseg.errors import LabelError
-from medseg.types import Array
+from medseg.config import Config, read_mapping
+from medseg.errors import ConfigError, LabelError
+from medseg.types import Array, PathLike
 
 LabelValue = int | tuple[int, ...]
 
@@ -122,3 +123,172 @@ class LabelSet(Config):
 
 def _flat(value: LabelValue) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+class PanopticLabels(Config):
+    """Classes of a panoptic map, in which every voxel has a class, and voxels of things an object besides.
+
+    Source: Kirillov et al., Panoptic Segmentation, CVPR 2019 (arXiv 1801.00868), section 3.1.
+
+    Attributes
+    ----------
+    labels : mapping of name to value
+        Values above 0, with or without gaps. ``background``, if it is named, is 0. An entry named ``ignore``
+        is void: voxels that were not annotated, in which nothing is judged.
+    things : tuple of str
+        Classes whose objects are told apart and counted, such as cells and lesions.
+    stuff : tuple of str
+        Classes that are areas, such as organs and tissue; all others, if not given.
+    divisor : int
+        A map of both in one number holds ``value * divisor + object``, with object 0 for stuff.
+
+    Examples
+    --------
+    >>> classes = PanopticLabels(labels={"liver": 1, "lesion": 2}, things=("lesion",))
+    >>> classes.stuff, classes.thing_values
+    (('liver',), (2,))
+    >>> classes.pack(np.array([0, 1, 2, 2]), np.array([0, 0, 1, 2])).tolist()
+    [0, 1000, 2001, 2002]
+    """
+
+    labels: dict[str, int]
+    things: tuple[str, ...]
+    stuff: tuple[str, ...] = ()
+    divisor: int = Field(1000, ge=2)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Turn ``{"1": "liver"}`` round, and take the classes that nobody names for stuff."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("labels"), Mapping):
+            return values
+        labels = values["labels"]
+        if labels and all(re.fullmatch(r"\d+", str(key)) for key in labels):
+            labels = {str(name): int(value) for value, name in labels.items()}
+        if values.get("stuff") is None and isinstance(values.get("things"), list | tuple):
+            named = {*values["things"], "background", "ignore"}
+            values = {**values, "stuff": tuple(name for name in labels if name not in named)}
+        return {**values, "labels": labels}
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        both = sorted(set(self.things) & set(self.stuff))
+        if both:
+            raise ValueError(f"{both[0]!r} is a thing and stuff. Name it in one of the two.")
+        for kind, names in (("things", self.things), ("stuff", self.stuff)):
+            odd = [name for name in names if name not in self.labels or name in ("background", "ignore")]
+            if odd:
+                known = ", ".join(name for name in self.labels if name not in ("background", "ignore"))
+                raise ValueError(f"{kind} names {odd[0]!r}, which is no class of 'labels' ({known}).")
+            if len(set(names)) < len(names):
+                raise ValueError(f"{kind} names a class twice. Name it once.")
+        for name, value in self.labels.items():
+            if name == "background" and value != 0:
+                raise ValueError(f"'background' is {value}; expected 0. Renumber the classes.")
+            if name != "background" and value < 1:
+                raise ValueError(f"{name!r} is {value}; expected 1 and above, 0 is background.")
+            if name not in (*self.things, *self.stuff, "background", "ignore"):
+                raise ValueError(f"{name!r} is neither thing nor stuff. Name it in one of the two.")
+        if len(set(self.labels.values())) < len(self.labels):
+            raise ValueError("two classes have one value. Give each a value of its own.")
+        return self
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Names of things and stuff by value, ascending."""
+        kept = {self.labels[name]: name for name in (*self.things, *self.stuff)}
+        return dict(sorted(kept.items()))
+
+    @property
+    def thing_values(self) -> tuple[int, ...]:
+        """Values of the things, ascending."""
+        return tuple(sorted(self.labels[name] for name in self.things))
+
+    @property
+    def stuff_values(self) -> tuple[int, ...]:
+        """Values of the stuff, ascending."""
+        return tuple(sorted(self.labels[name] for name in self.stuff))
+
+    @property
+    def ignore(self) -> int | None:
+        """Value of the voxels that were not annotated, or None."""
+        return self.labels.get("ignore")
+
+    def label_set(self) -> LabelSet:
+        """Return the classes as a network learns them.
+
+        Raises
+        ------
+        LabelError
+            Values have gaps.
+        """
+        return LabelSet.parse({"background": 0, **dict(sorted(self.labels.items(), key=lambda e: e[1]))})
+
+    def for_objects(self, count: int) -> Self:
+        """Return the same classes with a divisor that leaves room for the numbers of so many objects.
+
+        Raises
+        ------
+        LabelError
+            The numbers do not fit in 32 bits.
+        """
+        divisor = self.divisor
+        while count >= divisor:
+            divisor *= 10
+        highest = max(self.labels.values(), default=0)
+        if highest * divisor + count > np.iinfo(np.int32).max:
+            raise LabelError(
+                f"classes up to {highest} and {count} objects do not fit in one map of 32 bits. Renumber the "
+                "classes from 1."
+            )
+        return self if divisor == self.divisor else self.replace(divisor=divisor)
+
+    def pack(self, semantic: Array, objects: Array) -> Array:
+        """Return ``value * divisor + object``, int32, of a map of classes and one of objects (0 for none)."""
+        return np.asarray(semantic.astype(np.int32) * self.divisor + objects.astype(np.int32))
+
+    def unpack(self, packed: Array) -> tuple[Array, Array]:
+        """Return the classes and the objects of a packed map, int32.
+
+        Raises
+        ------
+        LabelError
+            It holds a value that :meth:`pack` does not make of these classes.
+        """
+        wide = packed.astype(np.int64, copy=False)
+        semantic, objects = (part.astype(np.int32) for part in np.divmod(wide, self.divisor))
+        known = np.array(sorted({0, *self.labels.values()}))
+        odd = ~np.isin(semantic, known)
+        countable = np.isin(semantic, self.thing_values)
+        odd |= countable != (objects > 0)
+        if odd.any():
+            raise LabelError(
+                f"panoptic map holds {int(wide[odd][0])}, which with divisor {self.divisor} is no thing with "
+                "its number and no stuff. Give the classes that belong to this map."
+            )
+        return semantic, objects
+
+
+def read_panoptic_labels(path: PathLike) -> PanopticLabels:
+    """Read classes from YAML or JSON: ``classes.json`` of ``medseg panoptic``, or a ``dataset.json``.
+
+    Of a file called ``dataset`` only ``labels``, ``things``, ``stuff`` and ``divisor`` are read; in another
+    one, a further key is an error.
+
+    Raises
+    ------
+    ConfigError
+        It does not say what is a thing, or contradicts itself.
+    ReadError
+        There is no such file.
+    """
+    content = read_mapping(path)
+    if "things" not in content or "labels" not in content:
+        missing = "things" if "labels" in content else "labels"
+        raise ConfigError(
+            f"{path}: no '{missing}'. Expected the value of each class, and which are counted, such as "
+            "labels: {liver: 1, lesion: 2} and things: [lesion]."
+        )
+    if Path(path).stem == "dataset":
+        content = {key: content[key] for key in PanopticLabels.model_fields if key in content}
+    return PanopticLabels.from_dict(content, str(path))

@@ -299,7 +299,12 @@ def render(patient: Patient, scan: Scan, sided: bool = False) -> Phantom:
 
 
 def write_phantom_dataset(
-    folder: PathLike, n_train: int = 14, n_test: int = 4, seed: int = 2026, size: int = 72
+    folder: PathLike,
+    n_train: int = 14,
+    n_test: int = 4,
+    seed: int = 2026,
+    size: int = 72,
+    only: str | None = None,
 ) -> Path:
     """Write phantoms as an nnU-Net v2 raw dataset, with the truth of the test cases in ``labelsTs``.
 
@@ -313,20 +318,30 @@ def write_phantom_dataset(
         Cases in ``imagesTr`` and ``imagesTs``. Case k depends on `seed` and k only.
     size : int
         Voxels across the body, see :func:`make_phantom`.
+    only : str, optional
+        The one label to keep, as the value 1, such as ``lesion`` for a detector.
+
+    Raises
+    ------
+    ConfigError
+        There is no label `only`.
     """
+    if only is not None and only not in LABELS.foreground:
+        raise ConfigError(f"only={only}: expected {', '.join(LABELS.foreground)}.")
+    labels = LABELS if only is None else LabelSet(entries={"background": 0, only: 1})
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
         for number in progress(range(n_train + n_test), "Phantoms"):
             part = "Tr" if number < n_train else "Ts"
             phantom = make_phantom(np.random.default_rng([seed, number]), size)
             write(phantom.image, temporary / f"images{part}" / f"phantom_{number:03d}_0000.nii.gz")
-            write(phantom.label, temporary / f"labels{part}" / f"phantom_{number:03d}.nii.gz")
+            write(_keep(phantom, only), temporary / f"labels{part}" / f"phantom_{number:03d}.nii.gz")
         description = {
             "name": "Phantom abdomen",
             "description": "CT-like abdomens made by medseg.phantom; no patient data",
             "licence": "CC0-1.0",
             "channel_names": {"0": "CT"},
-            "labels": LABELS.entries,
+            "labels": labels.entries,
             "numTraining": n_train,
             "file_ending": ".nii.gz",
             "seed": seed,
@@ -334,6 +349,14 @@ def write_phantom_dataset(
         }
         write_text(temporary / "dataset.json", json.dumps(description, indent=2))
     return folder
+
+
+def _keep(phantom: Phantom, only: str | None) -> Volume:
+    """Return the label map, or of one label 1 where it is."""
+    if only is None:
+        return phantom.label
+    kept = phantom.label.array == phantom.labels.entries[only]
+    return phantom.label.with_array(kept.astype(np.uint8))
 
 
 class _Canvas:

@@ -132,6 +132,18 @@ def test_the_dataset_opens_as_any_other_and_holds_its_own_truth(tmp_path) -> Non
     assert set(ORGANS) < set(LABELS.entries)
 
 
+def test_a_dataset_of_lesions_alone_keeps_their_masks(tmp_path) -> None:
+    made = [
+        write_phantom_dataset(tmp_path / name, n_train=1, n_test=0, seed=1, size=32, only=only)
+        for name, only in (("all", None), ("lesions", "lesion"))
+    ]
+    maps = [read_label(open_dataset(folder).training[0]).array for folder in made]
+    assert list(open_dataset(made[1]).labels.foreground) == ["lesion"]
+    np.testing.assert_array_equal(maps[1], maps[0] == LABELS.entries["lesion"])
+    with pytest.raises(ConfigError, match="spleen"):
+        write_phantom_dataset(tmp_path / "none", only="lesions")
+
+
 def test_an_interrupted_dataset_leaves_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("medseg.phantom.make_phantom", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""Write the phantom dataset: ``python datasets/phantom/convert.py OUT [--cases N] [--voxels N]``."""
+"""Write the phantom dataset: ``python datasets/phantom/convert.py OUT [--cases N] [--only lesion]``."""
 
 import argparse
 from pathlib import Path
@@ -14,8 +14,10 @@ def main() -> None:
     parser.add_argument("--test-cases", type=int, default=4, help="cases with truth in labelsTs")
     parser.add_argument("--voxels", type=int, default=64, help="voxels across the body")
     parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--only", help="keep one label alone, e.g. lesion, to train a detector")
     given = parser.parse_args()
-    print(write_phantom_dataset(given.out, given.cases, given.test_cases, given.seed, given.voxels))
+    counts = (given.cases, given.test_cases, given.seed, given.voxels)
+    print(write_phantom_dataset(given.out, *counts, only=given.only))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from medseg.cli.demo import demo
 from medseg.cli.evaluate import evaluate
 from medseg.cli.evaluate_prompts import evaluate_prompts
 from medseg.cli.info import info
+from medseg.cli.panoptic import panoptic
 from medseg.cli.plan import plan
 from medseg.cli.predict import predict
 from medseg.cli.progress import MessageHandler, TerminalListener
@@ -56,7 +57,7 @@ def _root(
 for verb in (check, plan, train, stop, predict, evaluate):
     app.command()(verb)
 app.command(cls=PromptCommand)(prompt)
-for further in (count, split, track, evaluate_prompts, select, demo, info, clean):
+for further in (count, split, panoptic, track, evaluate_prompts, select, demo, info, clean):
     app.command()(further)
 app.add_typer(bundle)
 app.add_typer(assets)

@@ -31,26 +31,63 @@ def evaluate(
         bool, typer.Option("--instances", help="Every value is one object: match and count them, 2D or 3D.")
     ] = False,
     iou: Annotated[float, typer.Option(help="With --instances: IoU from which on an object is found.")] = 0.5,
+    panoptic: Annotated[
+        bool, typer.Option("--panoptic", help="Folders of medseg panoptic, or data sets with semantic/.")
+    ] = False,
+    background_is_void: Annotated[
+        bool, typer.Option("--background-is-void", help="With --panoptic: judge nothing where no class is.")
+    ] = False,
+    lesions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GLI|SSA|PED|MEN|MET",
+            help="With --instances: lesion-wise Dice and HD95 too, by the rules of this task of BraTS 2023.",
+        ),
+    ] = None,
 ) -> None:
     """Measure PREDICTIONS against REFERENCES, matched by case name.
 
     Dice, IoU, volume error, surface Dice, HD95 and ASSD, with 95 % bootstrap intervals; with --instances F1,
-    AP, PQ, AJI, SEG, DET, counts, and what was missed, invented, merged or split. Exit code 3 if some cases
-    could not be measured, 4 if none matches.
+    AP, PQ, AJI, SEG, DET, counts, and what was missed, invented, merged or split, and where scores lie beside
+    the predictions (CASE.json, or CASE_objects.csv of medseg count) COCO AP and FROC; with --panoptic PQ, SQ
+    and RQ of things, stuff and both. Exit code 3 if some cases could not be measured, 4 if none matches.
     """
     from medseg import metrics
-    from medseg.errors import PartialFailure
+    from medseg.errors import ConfigError
     from medseg.files import check_distinct, check_writable
 
     for path in (json, html, csv):
         if path is not None and path != Path("-"):
             check_writable(path)
             check_distinct([path], [predictions, references])
+    if panoptic or background_is_void:
+        from medseg.cli.evaluate_panoptic import evaluate_maps
+
+        others = {"--instances": instances, "--html": html, "--labels": labels, "--images": images}
+        return evaluate_maps(predictions, references, json, csv, panoptic, background_is_void, others)
     if instances:
         from medseg.cli.evaluate_instances import evaluate_objects
 
-        return evaluate_objects(predictions, references, iou, json, html, csv, images, seed, labels)
+        return evaluate_objects(predictions, references, iou, json, html, csv, images, seed, labels, lesions)
+    if lesions is not None:
+        raise ConfigError("--lesions is for objects. Pass --instances too.")
     result = metrics.evaluate(predictions, references, nsd_mm, _labels(labels), seed=seed)
+    _show(result, json, html, csv, images)
+
+
+def _show(
+    result: "Evaluation", json: Path | None, html: Path | None, csv: Path | None, images: Path | None
+) -> None:
+    """Print and write what was asked for.
+
+    Raises
+    ------
+    PartialFailure
+        Some cases were not measured.
+    """
+    from medseg import metrics
+    from medseg.errors import PartialFailure
+
     if json == Path("-"):
         typer.echo(metrics.dump_json(result), nl=False)
     else:

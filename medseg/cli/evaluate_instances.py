@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from medseg.metrics.instances import InstanceEvaluation
+    from medseg.metrics.lesion_table import LesionTable
+    from medseg.metrics.ranking import Ranking
 
 
 def evaluate_objects(
@@ -20,6 +24,7 @@ def evaluate_objects(
     images: Path | None,
     seed: int,
     labels: Path | None,
+    lesions: str | None = None,
 ) -> None:
     """Measure objects, print and write what was asked for.
 
@@ -36,7 +41,7 @@ def evaluate_objects(
 
     if labels is not None:
         raise ConfigError("--labels names classes, and objects have none. Leave it out with --instances.")
-    result = evaluate_instances(predictions, references, tau=iou, seed=seed)
+    result = evaluate_instances(predictions, references, tau=iou, seed=seed, lesion_rules=lesions)
     if json == Path("-"):
         typer.echo(dump_json(result), nl=False)
     else:
@@ -81,5 +86,50 @@ def print_objects(result: "InstanceEvaluation") -> None:
         pooled = ratio(result.pooled.get(name, math.nan))
         table.add_row(metric.title, pooled, ratio(result.means[name].mean), result.formula(name))
     console.print(table)
+    if result.ranking is not None:
+        _print_ranking(console, result.ranking)
+    if result.lesions is not None:
+        _print_lesions(console, result.lesions)
     events = ", ".join(f"{n} {kind}" for kind, n in result.events.items())
     console.print(f"\nmistakes: {events}")
+
+
+def _print_ranking(console: "Console", ranking: "Ranking") -> None:
+    """Print what scores add: average precision and FROC."""
+    from rich.table import Table
+
+    from medseg.metrics.froc import RATES
+    from medseg.metrics.instances_page import ratio
+    from medseg.metrics.ranking import AP_FORMULA
+
+    taus = [f"{tau:.2f}" for tau in ranking.masks.taus]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("AP (COCO)", *taus[::5], "mean"):
+        table.add_column(title, justify="left" if title == "AP (COCO)" else "right")
+    for kind, found in (("masks", ranking.masks), ("boxes", ranking.boxes)):
+        table.add_row(kind, *(ratio(v) for v in found.ap[::5].tolist()), ratio(found.mean))
+    console.print()
+    console.print(table)
+    console.print(f"{AP_FORMULA}; mean over IoU {taus[0]} to {taus[-1]}\n")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("FROC", *(f"{rate:g}" for rate in RATES), "CPM"):
+        table.add_column(title, justify="left" if title == "FROC" else "right")
+    curve = ranking.froc
+    table.add_row("sensitivity", *(ratio(curve.sensitivity_at(rate)) for rate in RATES), ratio(curve.cpm))
+    console.print(table)
+    console.print(ranking.froc_formula)
+
+
+def _print_lesions(console: "Console", lesions: "LesionTable") -> None:
+    """Print means over images of the lesion-wise scores."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("lesion by lesion")
+    table.add_column("mean", justify="right")
+    table.add_column("formula", overflow="fold")
+    formulas = lesions.formulas()
+    for name, value in lesions.means.items():
+        table.add_row(name, f"{value:.3f}", formulas[name])
+    console.print()
+    console.print(table)

@@ -25,7 +25,8 @@ def train(
         str,
         typer.Option(
             help="segment; detection: find objects with a Mask R-CNN; centre-offset: find crowded objects, "
-            "whose numbers label maps hold; or promptable: fine-tune MobileSAM to answer boxes and clicks."
+            "whose numbers label maps hold; panoptic: these and the stuff around them, from maps of classes "
+            "in semantic/ besides; or promptable: fine-tune MobileSAM to answer boxes and clicks."
         ),
     ] = "segment",
     fold: Annotated[str, typer.Option(help="0 to 4, or all.")] = "0",
@@ -170,10 +171,28 @@ def _find_objects(
     typer.echo(f"Report: {folder / 'report.html'}")
     for threshold, accuracy in summary["accuracy"].items():
         typer.echo(f"  TP/(TP+FP+FN) at IoU {threshold}, all objects of held-out cases: {accuracy:.4f}")
+    for part in ("overall", "things", "stuff") if "panoptic" in summary else ():
+        pq = summary["panoptic"][part]["pq"]
+        typer.echo(f"  PQ {part}: {'-' if pq is None else f'{pq:.4f}'}")
+
+
+def _find_all(
+    dataset: Path,
+    out: Path,
+    chosen: dict[str, object],
+    limits: dict[str, object],
+    dry_run: bool,
+    json: bool,
+) -> None:
+    """Train a network for things and stuff: that of objects, on a data set that has maps of classes."""
+    from medseg.io.semantic import require_semantic_maps
+
+    require_semantic_maps(dataset)
+    _find_objects(dataset, out, chosen, limits, dry_run, json)
 
 
 # Tasks besides labels: what trains each.
-OTHER_TASKS = {"promptable": _tune, "centre-offset": _find_objects}
+OTHER_TASKS = {"promptable": _tune, "centre-offset": _find_objects, "panoptic": _find_all}
 
 
 def stop(run: Annotated[Path, typer.Argument(help="Run folder of a training in progress.")]) -> None:

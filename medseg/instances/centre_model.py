@@ -6,20 +6,21 @@ that it points to. So nothing depends on tiles once the maps are there, and no m
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import cc3d
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medseg.config import Config
 from medseg.errors import ConfigError
 from medseg.infer.sliding import Window
 from medseg.instances.centres import FAR, find_centres, group_votes
 from medseg.instances.dropped import Dropped
-from medseg.instances.rescale import Grid, normalise, one_if_equal, read_slab, set_channels, to_grid
+from medseg.instances.rescale import Grid, normalise, one_if_equal, read_slab, to_grid
+from medseg.io.channels import set_channels
 from medseg.nets.centre_heads import CentreHeads
 from medseg.types import Array, FloatArray, IntArray, Shape
 
@@ -36,27 +37,32 @@ class CentreSettings(Config):
     diameter : usual diameter of objects, physical, where images have a scale; None: it is estimated or given
     percentiles : of each channel, which become 0 and 1
     classes : semantic classes, background included
+    things : classes whose objects are told apart; the others are areas
     threshold : probability from which a voxel belongs to an object
     sigma : blur of the votes, in diameters
     least_votes : votes that make a centre, in voxels of a usual object
     reach : largest distance of a vote from its centre, in diameters
     least_content : smaller objects are dropped, in contents of a usual object
     least_score : and so are those of a lower mean probability
-    search : how an unknown size is found: "trusted" takes the assumption that agrees best with what is found,
-        "largest" comes down from a large one, since in strong noise every small size finds itself
     """
 
     object_voxels: float = Field(20.0, gt=0)
     diameter: float | None = Field(None, gt=0)
     percentiles: tuple[float, float] = (0.1, 99.9)
-    classes: int = Field(2, ge=2)
+    classes: int = Field(2, ge=2, le=255)
+    things: tuple[int, ...] = (1,)
     threshold: float = Field(0.5, gt=0, lt=1)
     sigma: float = Field(0.08, gt=0)
     least_votes: float = Field(0.02, ge=0)
     reach: float = Field(0.75, gt=0)
     least_content: float = Field(0.03, ge=0)
     least_score: float = Field(0.0, ge=0, le=1)
-    search: Literal["trusted", "largest"] = "trusted"
+
+    @model_validator(mode="after")
+    def _check_things(self) -> Self:
+        if not self.things or not set(self.things) <= set(range(1, self.classes)):
+            raise ValueError(f"things {list(self.things)}: expected some of 1 to {self.classes - 1}.")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +81,11 @@ class Found:
         Voxels of objects whose vote was far from any centre; they are among what was dropped.
     dropped : tuple of Dropped
         What was left out.
+    classes : (K,) int64
+        Of the things of the network, that to which the voxels of each object give most of their probability;
+        1 where it knows only one.
+    areas : (*shape) uint8 or None
+        Most probable of background and stuff, everywhere; None from a network without stuff.
     notes : tuple of str
         What else a reader of the result should know.
     """
@@ -84,7 +95,13 @@ class Found:
     diameter: float | None
     unassigned: int
     dropped: tuple[Dropped, ...]
+    classes: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    areas: IntArray | None = None
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not len(self.classes):
+            object.__setattr__(self, "classes", np.ones(len(self.scores), np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +111,8 @@ class Maps:
     Attributes
     ----------
     grid : Grid
-    values : (2 + n, *grid.shape) float16
-        Probability of an object, distance, offset in physical units.
+    values : (classes + n, *grid.shape) float16
+        Probability of each class but background, distance, offset in physical units.
     """
 
     grid: Grid
@@ -164,13 +181,14 @@ def _reflected(data: FloatArray, padding: Sequence[tuple[int, int]]) -> FloatArr
 
 
 def _meaning(outputs: FloatArray, heads: CentreHeads, radius: float) -> FloatArray:
-    """Return probability, distance and physical offset, (2 + n, ...) float16, of outputs (channels, ...)."""
-    values = np.empty((2 + heads.dimensions, *outputs.shape[1:]), np.float16)
+    """Return the values of :class:`Maps` for outputs (channels, ...)."""
+    last = heads.classes - 1
+    values = np.empty((heads.classes + heads.dimensions, *outputs.shape[1:]), np.float16)
     for row, part in enumerate(outputs.swapaxes(0, 1)):  # a row at a time: nothing as large as all
         logits = torch.from_numpy(np.ascontiguousarray(part[: heads.classes])).float()
-        values[0, row] = 1 - torch.softmax(logits, 0)[0].numpy()
-        values[1, row] = part[heads.classes]
-        values[2:, row] = np.clip(part[heads.classes + 1 :], -20, 20) * radius
+        values[:last, row] = torch.softmax(logits, 0)[1:].numpy()
+        values[last, row] = part[heads.classes]
+        values[last + 1 :, row] = np.clip(part[heads.classes + 1 :], -20, 20) * radius
     return values
 
 
@@ -182,35 +200,60 @@ def group_maps(maps: Maps, diameter: float, settings: CentreSettings) -> Found:
     diameter : of a usual object, physical
     """
     centres = find_map_centres(maps, diameter, settings)
-    grid = maps.grid
+    grid, last = maps.grid, settings.classes - 1
     labels = np.zeros(grid.source, np.int32)
-    sums = np.zeros(len(centres) + 1)
+    areas = np.zeros(grid.source, np.uint8) if len(settings.things) < last else None
+    sums = np.zeros((len(settings.things), len(centres) + 1))
     unassigned = 0
     rows = max(1, SLAB // max(1, int(np.prod(grid.source[1:]))))
     for start in range(0, grid.source[0], rows):
         stop = min(grid.source[0], start + rows)
         slab = read_slab(maps.values, grid, start, stop)
-        inside = slab[0] >= settings.threshold
+        inside = thing_probability(slab, settings) >= settings.threshold
         origin = (start, *[0] * (labels.ndim - 1))
-        grouped = group_votes(
-            inside, slab[2:], centres, grid.source_spacing, settings.reach * diameter, "drop", origin=origin
-        )
+        moved, reach = slab[last + 1 :], settings.reach * diameter
+        grouped = group_votes(inside, moved, centres, grid.source_spacing, reach, "drop", origin=origin)
         labels[start:stop] = grouped.labels
-        sums += np.bincount(grouped.labels.ravel(), slab[0].ravel(), minlength=len(sums))
+        owner = grouped.labels.ravel()
+        for row, value in enumerate(settings.things):
+            sums[row] += np.bincount(owner, slab[value - 1].ravel(), minlength=sums.shape[1])
         unassigned += grouped.unassigned
-    scores = sums / np.maximum(np.bincount(labels.ravel(), minlength=len(sums)), 1)
-    return _clean(labels, scores, unassigned, diameter, settings, grid)
+        if areas is not None:
+            areas[start:stop] = most_probable_area(slab[:last], settings)
+    return _clean(labels, sums, areas, unassigned, diameter, settings, grid)
+
+
+def thing_probability(values: FloatArray, settings: CentreSettings) -> FloatArray:
+    """Return the probability that a voxel belongs to an object of whatever class, of :class:`Maps` values."""
+    first, *others = settings.things
+    total: FloatArray = values[first - 1]
+    for value in others:
+        total = total + values[value - 1]
+    return total
+
+
+def most_probable_area(probabilities: FloatArray, settings: CentreSettings) -> IntArray:
+    """Return the most probable of background and stuff, uint8, of probabilities (classes - 1, *shape)."""
+    best = 1 - probabilities.sum(axis=0, dtype=np.float32)
+    result = np.zeros(best.shape, np.uint8)
+    for value in range(1, settings.classes):
+        if value not in settings.things:
+            better = probabilities[value - 1] > best
+            best = np.where(better, probabilities[value - 1], best)
+            result[better] = value
+    return result
 
 
 def find_map_centres(maps: Maps, diameter: float, settings: CentreSettings) -> FloatArray:
     """Return where votes agree, (K, n) physical; votes from deep inside of an object count more."""
     grid = maps.grid
-    inside = maps.values[0] >= settings.threshold
-    weights = np.clip(maps.values[1].astype(np.float32), 0.1, 1)
+    distance = settings.classes - 1
+    inside = thing_probability(maps.values, settings) >= settings.threshold
+    weights = np.clip(maps.values[distance].astype(np.float32), 0.1, 1)
     typical = usual_content(diameter, len(grid.shape)) / float(np.prod(grid.spacing))
     return find_centres(
         inside,
-        maps.values[2:],
+        maps.values[distance + 1 :],
         grid.spacing,
         settings.sigma * diameter,
         weights,
@@ -225,13 +268,20 @@ def usual_content(diameter: float, dimensions: int) -> float:
 
 def _clean(
     labels: IntArray,
-    scores: FloatArray,
+    sums: FloatArray,
+    areas: IntArray | None,
     unassigned: int,
     diameter: float,
     settings: CentreSettings,
     grid: Grid,
 ) -> Found:
-    """Keep the largest part of each object, drop the small and the unlikely, and number the rest."""
+    """Keep the largest part of each object, drop the small and the unlikely, and number the rest.
+
+    Parameters
+    ----------
+    sums : (things, objects + 1) probability of each thing, added up over the voxels of each object
+    """
+    scores = sums.sum(axis=0) / np.maximum(np.bincount(labels.ravel(), minlength=sums.shape[1]), 1)
     dropped = [Dropped(FAR, 0, unassigned)] if unassigned else []
     labels, apart = largest_parts(labels)
     if apart.count:
@@ -250,7 +300,8 @@ def _clean(
     kept[0] = False
     table = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
     found = np.asarray(scores[kept], np.float32)
-    return Found(table[labels], found, diameter, unassigned, tuple(dropped))
+    values = np.array(settings.things, np.int64)[sums[:, kept].argmax(axis=0)]
+    return Found(table[labels], found, diameter, unassigned, tuple(dropped), values, areas)
 
 
 def largest_parts(labels: IntArray) -> tuple[IntArray, Dropped]:

@@ -40,7 +40,7 @@ Further = Literal["geojson", "roi", "parquet"]
 PIXELS = "pixel"
 PAGE = "report.html"
 # Formats that can hold a label map; of others it is a TIFF.
-_KEPT = {".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff"}
+KEPT = {".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def count_objects(
     Raises
     ------
     ConfigError
-        There is no such channel, or one has to be chosen.
+        There is no such channel, one has to be chosen, or a diameter is given for a detector.
     DataError
         A picture for a 3D model, a volume for a 2D one, or values that are not finite.
     """
@@ -146,12 +146,13 @@ def count_objects(
     if refiner is not None:
         found = _refined(shown, found, refiner, provenance)
     labels = image.with_array(found.labels.reshape(1, *image.shape))
-    instances = instances_of(labels, None, found.scores, model.class_names, found.dropped, provenance)
+    names = model.class_names
+    instances = instances_of(labels, found.classes, found.scores, names, found.dropped, provenance)
     table = measure_objects(instances, image, regions, config=config)
     areas = None if regions is None else measure_regions(instances, regions)
     if in_pixels:
-        table = _pixels(table)
-        areas = None if areas is None else _pixels(areas)
+        table = in_pixel_units(table)
+        areas = None if areas is None else in_pixel_units(areas)
     return Counted(image, instances, table, areas, found.diameter, in_pixels)
 
 
@@ -160,11 +161,17 @@ def _refined(image: Volume, found: "Found", refiner: "Refiner", provenance: dict
     result = refiner.refine(image, found.labels)
     provenance["refined"] = {"network": refiner.name, **result.to_dict()}
     left = np.unique(result.labels)
-    scores = found.scores[left[left > 0] - 1]
-    return replace(found, labels=result.labels, scores=scores, dropped=(*found.dropped, *result.dropped))
+    kept = left[left > 0] - 1
+    return replace(
+        found,
+        labels=result.labels,
+        scores=found.scores[kept],
+        classes=found.classes[kept],
+        dropped=(*found.dropped, *result.dropped),
+    )
 
 
-def _pixels(table: Table) -> Table:
+def in_pixel_units(table: Table) -> Table:
     """Call lengths pixels, and leave out millilitres."""
     named = {_pixel_name(name): column for name, column in table.columns.items() if not name.endswith("_ml")}
     return replace(table, columns=named)
@@ -222,7 +229,7 @@ def files_of(folder: PathLike, name: str, source: PathLike) -> dict[str, Path]:
     """Return where the results of an image always go, by kind."""
     suffix, place = suffix_of(Path(source)), Path(folder)
     return {
-        "labels": place / f"{name}_labels{suffix if suffix in _KEPT else '.tif'}",
+        "labels": place / f"{name}_labels{suffix if suffix in KEPT else '.tif'}",
         "table": place / f"{name}_objects.csv",
         "overlay": place / f"{name}_overlay.png",
         "qc": place / f"{name}_qc.json",

@@ -17,10 +17,9 @@ CANDIDATES = (60.0, 24.0, 10.0)
 # An image is looked at in windows of so many network tiles at most.
 TILES = 2.0
 WINDOWS = 3
-# Ratio of found to assumed size that is good enough, and rounds to get there: coming down from a large size,
-# one stops too early unless it is strict.
-CLOSE = {"trusted": 1.2, "largest": 1.03}
-ROUNDS = {"trusted": 3, "largest": 8}
+# Ratio of found to assumed size that is good enough, and rounds to get there.
+CLOSE = 1.2
+ROUNDS = 3
 
 
 def estimate_diameter(network: CentreNetwork, image: FloatArray, spacing: Sequence[float]) -> float | None:
@@ -32,21 +31,20 @@ def estimate_diameter(network: CentreNetwork, image: FloatArray, spacing: Sequen
         Normalised.
     """
     diameter = _first_guess(network, image, spacing)
-    close = CLOSE[network.settings.search]
-    for _ in range(ROUNDS[network.settings.search] if diameter is not None else 0):
+    for _ in range(ROUNDS if diameter is not None else 0):
         assert diameter is not None
         found = _look(network, image, spacing, diameter)
         if found is None:
             break
         ratio = found[0] / diameter
         diameter = found[0]
-        if 1 / close < ratio < close:
+        if 1 / CLOSE < ratio < CLOSE:
             break
     return diameter
 
 
 def _first_guess(network: CentreNetwork, image: FloatArray, spacing: Sequence[float]) -> float | None:
-    """Return what is found at the best of the candidates, or at the largest that finds anything."""
+    """Return what is found at the best of the candidates."""
     best: tuple[float, float] | None = None
     for assumed in CANDIDATES:
         diameter = assumed * min(spacing)
@@ -54,8 +52,6 @@ def _first_guess(network: CentreNetwork, image: FloatArray, spacing: Sequence[fl
         if found is None:
             continue
         size, trust = found
-        if network.settings.search == "largest":
-            return size
         # agreement counts most; among equals, the size that explains more of the image with confidence
         value = trust * float(np.exp(-abs(np.log(size / diameter))))
         if best is None or value > best[0]:

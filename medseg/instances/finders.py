@@ -116,9 +116,24 @@ def open_finder(
         raise ConfigError(
             f"{text}: answers boxes, and finds nothing by itself. Use it to --refine what a model finds."
         )
-    from medseg.instances.models import load_object_model
+    return _open_bundle(text, threads)
 
-    return load_object_model(name, threads=threads)
+
+def _open_bundle(name: str, threads: int | None) -> Finder:
+    from medseg.bundle import load_bundle
+    from medseg.instances.models import find_model, open_object_model
+
+    bundle = load_bundle(find_model(name))
+    if bundle.settings.detection is None:
+        return open_object_model(bundle, name, threads=threads)
+    import torch
+
+    from medseg.infer.runtime import count_threads
+    from medseg.instances.detect import Detector
+    from medseg.instances.detector_finder import DetectorFinder
+
+    torch.set_num_threads(count_threads(threads))
+    return DetectorFinder(name, Detector(bundle))
 
 
 def open_refiner(

@@ -24,6 +24,7 @@ from medseg.instances.centre_model import (
 from medseg.instances.channels import check_channels
 from medseg.instances.diameter import estimate_diameter
 from medseg.instances.finders import FINDERS
+from medseg.labels import PanopticLabels
 from medseg.types import Array, PathLike
 from medseg.volume import Volume
 
@@ -63,6 +64,15 @@ class ObjectModel:
         """How its maps become objects."""
         return self.network.settings
 
+    @property
+    def classes(self) -> PanopticLabels:
+        """The classes that it tells apart, things and stuff; one thing, where it finds objects alone."""
+        if self.name in MODELS:
+            return PanopticLabels(labels={"nucleus": 1}, things=("nucleus",))
+        named = {name: v for name, v in self.bundle.labels.foreground.items() if isinstance(v, int)}
+        things = tuple(name for name, value in named.items() if value in self.settings.things)
+        return PanopticLabels.from_dict({"labels": named, "things": things}, self.name)
+
     def with_settings(self, **changes: object) -> "ObjectModel":
         """Return the same model that makes objects in another way, e.g. ``threshold=0.4``."""
         return replace(self, network=replace(self.network, settings=self.settings.replace(**changes)))
@@ -70,7 +80,7 @@ class ObjectModel:
     @property
     def class_names(self) -> dict[int, str]:
         """What an object is called."""
-        return {1: "nucleus"} if self.name in MODELS else {}
+        return {value: self.classes.names[value] for value in self.classes.thing_values}
 
     def find(self, image: Volume, diameter: float | None = None, in_pixels: bool = False) -> Found:
         """Find the objects of a picture (2D models) or a volume (3D); see :meth:`segment`.
@@ -216,6 +226,8 @@ def open_object_model(
     BundleError
         It does not find objects.
     """
+    if bundle.settings.detection is not None:
+        raise BundleError(f"{name}: is a detector. Use it with medseg panoptic and --semantic.")
     if bundle.task != "centre-offset":
         raise BundleError(f"{name}: labels voxels, and does not find objects. Use medseg predict.")
     settings = CentreSettings.from_dict(dict(bundle.card["settings"]), f"{name}, settings")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medseg.errors import ConfigError, DataError
+from medseg.errors import DataError
 from medseg.types import Array, FloatArray, IntArray, Shape
 
 # Percentiles of more voxels than this are those of every n-th one.
@@ -84,26 +84,6 @@ def normalise(
         scale = 1 / (high - low) if high > low else 0.0
         np.multiply(values.astype(np.float64) - low, scale, out=result[channel], casting="same_kind")
     return np.clip(result, *cut, out=result)
-
-
-def set_channels(image: Array, channels: int) -> Array:
-    """Return an image with as many channels as a network has: grey is repeated, colour becomes grey.
-
-    Raises
-    ------
-    ConfigError
-        It has another number of channels.
-    """
-    found = len(image)
-    if found == channels:
-        return image
-    if found == 1:
-        return np.repeat(image, channels, axis=0)
-    if found in (2, 4) and channels in (1, 3):  # an alpha channel shows nothing
-        return set_channels(image[:-1], channels)
-    if found == 3 and channels == 1:
-        return np.asarray(image.mean(axis=0, keepdims=True))
-    raise ConfigError(f"image with {found} channels: the model takes {channels}. Choose a channel.")
 
 
 def one_if_equal(image: Array) -> Array:

@@ -139,7 +139,7 @@ def instances_of(
     """
     if labels.channels != 1:
         raise LabelError(f"label map has {labels.channels} channels; expected one. Take one channel.")
-    array, ids = _contiguous(labels.array)
+    array, ids = contiguous_labels(labels.array)
     return Instances(
         labels.with_array(array),
         _per_object(classes, ids, 1, "classes").astype(np.int64),
@@ -151,8 +151,18 @@ def instances_of(
     )
 
 
-def _contiguous(labels: Array) -> tuple[IntArray, IntArray]:
-    """Return the label map as int32 without gaps, and the number that each object had."""
+def contiguous_labels(labels: Array) -> tuple[IntArray, IntArray]:
+    """Return a label map of any type as int32 without gaps, and the number that each object had.
+
+    Parameters
+    ----------
+    labels : array with a leading axis
+
+    Raises
+    ------
+    LabelError
+        Values are negative, not whole, or too large.
+    """
     whole = whole_labels(labels)
     low, high = int(whole.min()), int(whole.max())
     if low < 0:

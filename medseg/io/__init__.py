@@ -1,7 +1,7 @@
 """Files to Volume and back, and folders to datasets."""
 
 from medseg.io.check import check_dataset
-from medseg.io.dataset import Case, Dataset, list_cases, open_dataset, read_image, read_label
+from medseg.io.dataset import Case, Dataset, list_cases, open_dataset, read_image, read_label, with_channels
 from medseg.io.findings import Finding
 from medseg.io.formats import READERS, WRITERS, read, write
 
@@ -17,5 +17,6 @@ __all__ = [
     "read",
     "read_image",
     "read_label",
+    "with_channels",
     "write",
 ]

@@ -19,6 +19,7 @@ from medseg.io.findings import SEVERITIES, Finding
 from medseg.io.formats import read
 from medseg.io.grids import grid_difference
 from medseg.io.layouts import HU_LOWEST, Case, Layout, read_layout
+from medseg.io.semantic import SemanticMaps, find_semantic_maps
 from medseg.log import check_cancelled, progress
 from medseg.types import Array, PathLike
 from medseg.volume import Geometry, Volume
@@ -84,15 +85,27 @@ def examine_dataset(dataset_path: PathLike) -> Examination:
     except OSError as error:
         message = f"{error.filename or dataset_path}: {error.strerror or error}"
         return Examination([Finding("error", "", "layout", message, "Check the path and its permissions.")])
+    semantic = _semantic_maps(layout)
     findings = list(layout.findings)
     facts = []
     cases = [(case, False) for case in layout.training] + [(case, True) for case in layout.test]
     for case, is_test in progress(cases, "Checking cases"):
         collector = _Collector(case.name, layout.folder, findings)
-        facts.append(_check_case(case, layout, collector, is_test))
+        facts.append(_check_case(case, layout, collector, is_test, semantic))
     _check_population(layout, facts, findings)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return Examination(findings, len(layout.training), len(layout.test))
+
+
+def _semantic_maps(layout: Layout) -> SemanticMaps | None:
+    """Return the maps of classes beside those of objects; what is wrong with them as a whole is a finding."""
+    if "things" not in layout.description:
+        return None
+    try:
+        return find_semantic_maps(layout.folder)
+    except DataError as error:
+        layout.findings.append(Finding("error", "", "semantic", *_split(str(error))))
+        return None
 
 
 class _Collector:
@@ -111,7 +124,9 @@ class _Collector:
 # --- one case ---------------------------------------------------------------------------------------
 
 
-def _check_case(case: Case, layout: Layout, collector: _Collector, is_test: bool) -> Facts:
+def _check_case(
+    case: Case, layout: Layout, collector: _Collector, is_test: bool, semantic: SemanticMaps | None
+) -> Facts:
     facts = Facts(case, is_test=is_test)
     complete = bool(case.images) and all(path.is_file() for path in case.images)
     channels = 0
@@ -133,7 +148,7 @@ def _check_case(case: Case, layout: Layout, collector: _Collector, is_test: bool
             else "Give every case the same channels, or leave this one out.",
         )
     if case.label is not None and case.label.is_file():
-        _check_label(case, layout, facts, collector)
+        _check_label(case, layout, facts, collector, semantic)
     return facts
 
 
@@ -225,7 +240,9 @@ def _check_same_grid(volume: Volume, path: Path, facts: Facts, collector: _Colle
         collector.add("channel_grid", f"{path.name}: {difference}", "Resample the channels onto one grid.")
 
 
-def _check_label(case: Case, layout: Layout, facts: Facts, collector: _Collector) -> None:
+def _check_label(
+    case: Case, layout: Layout, facts: Facts, collector: _Collector, semantic: SemanticMaps | None
+) -> None:
     try:
         label = read_label(case)
     except LabelError as error:
@@ -238,7 +255,14 @@ def _check_label(case: Case, layout: Layout, facts: Facts, collector: _Collector
         message = f"{case.label}: {error.strerror or error}"
         collector.add("unreadable", message, "Check the disk or network folder.")
         return
-    values = {int(value) for value in np.unique(label.array.ravel(order="K"))}
+    known = label.array
+    if semantic is not None:  # the label map numbers objects, and their classes are in another one
+        try:
+            known = semantic.read(case, label.array[0].transpose(2, 1, 0))
+        except MedsegError as error:
+            collector.add_error("semantic", error)
+            return
+    values = {int(value) for value in np.unique(known.ravel(order="K"))}
     facts.labels = values
     _check_label_values(values, layout, collector)
     if facts.geometry is not None:

@@ -2,13 +2,14 @@
 
 import glob
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medseg.errors import DatasetError, GeometryError, LabelError, ReadError
+from medseg.io.channels import set_channels
 from medseg.io.formats import is_image, read, stem_of, suffix_of
 from medseg.io.grids import grid_difference
 from medseg.io.layouts import Case, Layout, files_per_case, group_channels, read_layout
@@ -17,7 +18,7 @@ from medseg.log import logger
 from medseg.types import Array, PathLike
 from medseg.volume import Volume
 
-__all__ = ["Case", "Dataset", "list_cases", "open_dataset", "read_image", "read_label"]
+__all__ = ["Case", "Dataset", "list_cases", "open_dataset", "read_image", "read_label", "with_channels"]
 
 # What header scaling loses: floats that near a whole number are labels.
 WHOLE = 1e-4
@@ -122,6 +123,15 @@ def open_dataset(path: PathLike, labels: LabelSet | None = None) -> Dataset:
     )
 
 
+def with_channels(dataset: Dataset, count: int) -> Dataset:
+    """Return a dataset of pictures, grey and in colour, all of which are read with 1 or 3 channels."""
+    names = ("grey",) if count == 1 else ("red", "green", "blue")
+    training, test = (
+        tuple(replace(case, channels=count) for case in part) for part in (dataset.training, dataset.test)
+    )
+    return replace(dataset, channels=names, training=training, test=test)
+
+
 def list_cases(folder_or_file: PathLike, channels: int) -> tuple[Case, ...]:
     """List images to predict.
 
@@ -161,6 +171,8 @@ def read_image(case: Case) -> Volume:
         A file is missing or damaged.
     GeometryError
         The channels are not on one grid.
+    ConfigError
+        The case cannot have the channels that are wanted of it.
     """
     if not case.images:
         raise ReadError(f"{case.name}: has no image file. Add one, or leave the case out.")
@@ -178,7 +190,7 @@ def read_image(case: Case) -> Volume:
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
             array[filled : filled + volume.channels] = volume.array
         filled += volume.channels
-    return first.with_array(array)
+    return first.with_array(array if case.channels is None else set_channels(array, case.channels))
 
 
 def read_label(case: Case) -> Volume:

@@ -65,12 +65,15 @@ class Case:
         Label map; None where there is none.
     patient : str
         Cases of one patient never part in a split.
+    channels : int, optional
+        What images of another number of channels are brought to; None refuses them.
     """
 
     name: str
     images: tuple[Path, ...]
     label: Path | None
     patient: str
+    channels: int | None = None
 
 
 @dataclass
@@ -573,6 +576,8 @@ def _read_labels(layout: Layout) -> LabelSet | None:
         if isinstance(given, list | tuple):
             given = {str(name): value for value, name in enumerate(given)}
         if isinstance(given, Mapping) and given:
+            if "things" in layout.description:  # classes of voxels, of which nothing need not be named
+                given = {"background": 0, **given}
             return LabelSet.parse(given, layout.description.get("regions_class_order"))
         if layout.kind in ("nnunet", "msd"):
             raise LabelError("labels: dataset.json does not name them")

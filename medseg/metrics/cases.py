@@ -1,28 +1,39 @@
 """Case after case: what fails is told and left out, and what has no partner is named."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from medseg.errors import Cancelled, DatasetError, GeometryError, MedsegError
 from medseg.log import logger, progress
 from medseg.metrics.definitions import Failure
-from medseg.metrics.pairing import NamedMaps, Pair, Pairing, pair_cases
+from medseg.metrics.pairing import NamedMaps, Pairing, pair_cases
 from medseg.volume import Geometry
 
 T = TypeVar("T")
 
 
+class Named(Protocol):
+    """What is measured: a case."""
+
+    @property
+    def name(self) -> str:
+        """Of the case."""
+
+
+P = TypeVar("P", bound=Named)
+
+
 def pair_aloud(predictions: NamedMaps, references: NamedMaps) -> Pairing:
     """Match predictions with references as :func:`pair_cases` does, and warn of names without a partner."""
     pairing = pair_cases(predictions, references)
-    _warn_alone(pairing.predictions_alone, "predictions have no reference")
-    _warn_alone(pairing.references_alone, "references have no prediction")
+    warn_alone(pairing.predictions_alone, "predictions have no reference")
+    warn_alone(pairing.references_alone, "references have no prediction")
     return pairing
 
 
-def _warn_alone(names: Sequence[str], what: str) -> None:
+def warn_alone(names: Sequence[str], what: str) -> None:
     """Say once who has no partner: measuring one fold against all labels is usual, a lost case is not."""
     if names:
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -30,13 +41,13 @@ def _warn_alone(names: Sequence[str], what: str) -> None:
 
 
 def measure_cases(
-    pairs: Sequence[Pair], title: str, measure: Callable[[Pair], T]
+    pairs: Sequence[P], title: str, measure: Callable[[P], T]
 ) -> tuple[list[T], tuple[Failure, ...]]:
     """Measure every pair; return what was measured, and the failures.
 
     Parameters
     ----------
-    pairs : of :func:`pair_aloud`
+    pairs : such as those of :func:`pair_aloud`
     title : of the progress
     measure : may raise what medseg raises
 

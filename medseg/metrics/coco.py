@@ -117,6 +117,23 @@ def coco_average_precision(
     )
 
 
+def rank_hits(images: Sequence[Detections], tau: float) -> tuple[FloatArray, BoolArray]:
+    """Return the scores of all detections, descending, and which of them are a reference's at IoU `tau`.
+
+    Whether one is depends on better ones of its image alone, so the first k are the result of a least score.
+    """
+    ranked = [np.argsort(-np.asarray(image.scores), kind="stable") for image in images]
+    scores = np.concatenate(
+        [np.zeros(0), *(image.scores[order] for image, order in zip(images, ranked, strict=True))]
+    )
+    none = np.zeros(0, bool)
+    hits = np.concatenate(
+        [none, *(_hits(image, order, tau) for image, order in zip(images, ranked, strict=True))]
+    )
+    order = np.argsort(-scores, kind="stable")
+    return scores[order], hits[order]
+
+
 def mean_over_classes(classes: Mapping[str, CocoPrecision]) -> FloatArray:
     """Return the mean AP at each threshold over the classes that have references (COCO's "mAP")."""
     return nanmean(np.stack([entry.ap for entry in classes.values()]), axis=0)

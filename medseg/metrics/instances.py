@@ -11,10 +11,11 @@ What an image without objects counts as, on one side or on both, is a setting
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from medseg.errors import ConfigError
+from medseg.errors import ConfigError, DatasetError
 from medseg.io.grids import FLAT_NOTE
 from medseg.log import logger
 from medseg.metrics.aggregated_jaccard import aggregated_jaccard, aggregated_jaccard_plus
@@ -23,11 +24,13 @@ from medseg.metrics.cases import check_grids, measure_cases, pair_aloud
 from medseg.metrics.cell_tracking import TrackingCounts, tracking_counts
 from medseg.metrics.counting import CountAgreement, count_agreement
 from medseg.metrics.definitions import Failure
+from medseg.metrics.lesion_table import LesionRow, LesionTable, check_rules, lesion_row, lesion_table
 from medseg.metrics.matching import EmptyPolicy, Matching, match_objects
 from medseg.metrics.mistakes import KINDS, Kind, Mistake, find_mistakes
 from medseg.metrics.overlap_table import OverlapTable, overlap_table
 from medseg.metrics.pairing import NamedMaps, Pair, load_label_map
 from medseg.metrics.panoptic import PanopticQuality, panoptic_quality
+from medseg.metrics.ranking import Ranking, ScoredObjects, rank_objects, read_scores, score_objects
 from medseg.metrics.summary import Statistic, bootstrap_weights, summarize
 from medseg.types import PathLike
 from medseg.volume import Volume
@@ -113,6 +116,8 @@ class InstanceEvaluation:
     failures : cases that could not be measured
     predictions_alone, references_alone : case names without a partner
     pairs : where the label maps of the measured cases are, for pictures
+    ranking : AP and FROC, where scores lie beside all predictions
+    lesions : lesion-wise scores of each image, where they were asked for
     """
 
     rows: tuple[InstanceRow, ...]
@@ -128,6 +133,8 @@ class InstanceEvaluation:
     predictions_alone: tuple[str, ...]
     references_alone: tuple[str, ...]
     pairs: tuple[Pair, ...] = field(repr=False)
+    ranking: Ranking | None = None
+    lesions: LesionTable | None = None
 
     @property
     def events(self) -> dict[Kind, int]:
@@ -178,6 +185,7 @@ def evaluate_instances(
     empty: EmptyPolicy | None = None,
     seed: int = 0,
     resamples: int = 2000,
+    lesion_rules: str | None = None,
 ) -> InstanceEvaluation:
     """Measure objects of predictions against references.
 
@@ -193,13 +201,16 @@ def evaluate_instances(
         where both are.
     seed, resamples : int
         Of the bootstrap over images, from ``numpy.random.default_rng(seed)``.
+    lesion_rules : str, optional
+        Score masks lesion by lesion too, by the rules of a task of BraTS 2023 (see
+        :data:`~medseg.metrics.lesions.LESION_RULES`), and the false volumes of autoPET.
 
     Raises
     ------
     DatasetError
         Nothing matches, or not one case could be measured.
     ConfigError
-        The threshold is out of range.
+        The threshold is out of range, or there are no such rules.
 
     Examples
     --------
@@ -215,9 +226,11 @@ def evaluate_instances(
         raise ConfigError(f"tau is {tau}: expected a threshold of IoU above 0 and at most 1.")
     if resamples < 1:
         raise ConfigError(f"resamples is {resamples}: expected at least 1 (1000 or more make sense).")
+    check_rules(lesion_rules)
     empty = empty or EmptyPolicy()
     pairing = pair_aloud(predictions, references)
-    tables, failures = _tables(pairing.pairs)
+    seen, failures = _look(pairing.pairs, lesion_rules)
+    tables = [(each.pair, each.table) for each in seen]
     matches = [match_objects(table, tau) for _, table in tables]
     parts = [_Parts(table, match) for (_, table), match in zip(tables, matches, strict=True)]
     precision = cell_average_precision([table for _, table in tables], IOU_THRESHOLDS, empty)
@@ -238,6 +251,8 @@ def evaluate_instances(
         predictions_alone=pairing.predictions_alone,
         references_alone=pairing.references_alone,
         pairs=tuple(pair for pair, _ in tables),
+        ranking=_rank(seen, tau),
+        lesions=None if lesion_rules is None else lesion_table(lesion_rules, [e.lesions for e in seen]),
     )
 
 
@@ -275,19 +290,49 @@ class _Parts:
         return tracking_counts(self.table)
 
 
-def _tables(pairs: Sequence[Pair]) -> tuple[list[tuple[Pair, OverlapTable]], tuple[Failure, ...]]:
-    tables, failures = measure_cases(pairs, "evaluate objects", _table)
-    if max(max(table.n_ref, table.n_pred) for _, table in tables) == 1:
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What is kept of an image when its label maps are gone."""
+
+    pair: Pair
+    table: OverlapTable
+    scored: ScoredObjects | None
+    lesions: LesionRow | None
+
+
+def _look(pairs: Sequence[Pair], rules: str | None) -> tuple[list[_Seen], tuple[Failure, ...]]:
+    seen, failures = measure_cases(pairs, "evaluate objects", lambda pair: _measure(pair, rules))
+    if max(max(each.table.n_ref, each.table.n_pred) for each in seen) == 1:
         logger.warning(
             "No map holds more than one object. If these are masks of a class, number their parts first: "
             "an object is a label of its own."
         )
-    return tables, failures
+    return seen, failures
 
 
-def _table(pair: Pair) -> tuple[Pair, OverlapTable]:
+def _measure(pair: Pair, rules: str | None) -> _Seen:
     reference, prediction = load_pair(pair)
-    return pair, overlap_table(reference.array[0], prediction.array[0])
+    a, b = reference.array[0], prediction.array[0]
+    table = overlap_table(a, b)
+    known = read_scores(pair.prediction) if isinstance(pair.prediction, Path) else None
+    scored = None
+    if known is not None:
+        missing = [int(label) for label in table.predictions if int(label) not in known]
+        if missing:
+            raise DatasetError(f"object {missing[0]} of the prediction has no score. Complete its table.")
+        scores = np.array([known[int(label)] for label in table.predictions], float)
+        scored = score_objects(a, b, scores, table)
+    lesions = None if rules is None else lesion_row(pair.name, a, b, reference.spacing, rules)
+    return _Seen(pair, table, scored, lesions)
+
+
+def _rank(seen: Sequence[_Seen], tau: float) -> Ranking | None:
+    scored = [each.scored for each in seen if each.scored is not None]
+    if scored and len(scored) < len(seen):
+        alone = next(each.pair.name for each in seen if each.scored is None)
+        logger.warning("No scores lie beside %s, so nothing is ranked (COCO AP, FROC).", alone)
+        return None
+    return rank_objects(scored, tau) if scored else None
 
 
 def _row(k: int, case: str, parts: _Parts, precision: CellPrecision, empty: EmptyPolicy) -> InstanceRow:

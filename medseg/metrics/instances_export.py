@@ -54,6 +54,8 @@ def to_dict(evaluation: "InstanceEvaluation") -> dict[str, object]:
             "pooled": [_plain(value) for value in evaluation.precision.pooled.tolist()],
             "mean_over_images": [_plain(v) for v in evaluation.precision.mean_over_images.tolist()],
         },
+        **({} if evaluation.ranking is None else {"ranking": evaluation.ranking.to_dict()}),
+        **({} if evaluation.lesions is None else {"lesions": evaluation.lesions.to_dict()}),
         "counts": _all_plain(asdict(evaluation.counts)),
         "mistakes": {kind: {"events": n, "what": KINDS[kind]} for kind, n in evaluation.events.items()},
         "images": [_image(row) for row in evaluation.rows],

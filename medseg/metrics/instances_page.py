@@ -11,9 +11,12 @@ from medseg.errors import MedsegError
 from medseg.geometry.orient import axis_codes
 from medseg.io import read
 from medseg.log import logger, progress
+from medseg.metrics.froc import RATES
 from medseg.metrics.instances import INSTANCE_METRICS, InstanceEvaluation, InstanceRow, load_pair
+from medseg.metrics.lesion_table import LESION_METRICS, LesionTable
 from medseg.metrics.mistakes import KINDS, Mistake
 from medseg.metrics.pairing import Source, find_cases
+from medseg.metrics.ranking import AP_FORMULA, Ranking
 from medseg.metrics.report import PALETTE, Cell, HtmlReport, Picture, curves, slice_picture
 from medseg.metrics.summary import Statistic
 from medseg.types import Array, IntArray, PathLike
@@ -51,6 +54,10 @@ def build_page(
     _add_problems(report, evaluation)
     _add_numbers(report, evaluation)
     _add_curve(report, evaluation)
+    if evaluation.ranking is not None:
+        add_ranking(report, evaluation.ranking)
+    if evaluation.lesions is not None:
+        _add_lesions(report, evaluation.lesions)
     _add_counts(report, evaluation)
     _add_mistakes(report, evaluation)
     _add_pictures(report, evaluation, find_cases(images) if images else {})
@@ -123,6 +130,36 @@ def _add_curve(report: HtmlReport, evaluation: InstanceEvaluation) -> None:
     drawing = curves(series, "IoU threshold", "AP (cells)")
     caption = "TP / (TP + FP + FN) at each threshold: how exact the outlines of the objects found are."
     report.add_figure("How exact", drawing, caption)
+
+
+def add_ranking(report: HtmlReport, ranking: Ranking) -> None:
+    """Add average precision and FROC of objects with scores."""
+    rows = [
+        [Cell(kind), *(Cell(ratio(v), v) for v in found.ap.tolist()), Cell(ratio(found.mean), found.mean)]
+        for kind, found in (("masks", ranking.masks), ("boxes", ranking.boxes))
+    ]
+    columns = ["", *(f"IoU {tau:.2f}" for tau in ranking.masks.taus), "mean"]
+    report.add_table("Average precision of scored objects", columns, rows, note=f"{AP_FORMULA}.")
+    curve = ranking.froc
+    drawing = curves(
+        {"sensitivity": (curve.rates.tolist(), curve.sensitivities.tolist())},
+        "false positives per image",
+        "sensitivity",
+    )
+    read = ", ".join(f"{ratio(curve.sensitivity_at(rate))} at {rate:g}" for rate in RATES)
+    caption = f"FROC: {ranking.froc_formula}. {read}; their mean (CPM) is {ratio(curve.cpm)}."
+    report.add_figure("Found against invented", drawing, caption)
+
+
+def _add_lesions(report: HtmlReport, lesions: LesionTable) -> None:
+    rows = [
+        [Cell(row.case), *(Cell(f"{value:.3f}", value) for value in row.values.values())]
+        for row in lesions.rows
+    ]
+    means = [Cell(f"{value:.3f}", value) for value in lesions.means.values()]
+    columns = ["image", *LESION_METRICS]
+    note = "; ".join(f"{name}: {formula}" for name, formula in lesions.formulas().items())
+    report.add_table("Lesion by lesion", columns, [[Cell("mean"), *means], *rows], note=f"{note}.")
 
 
 def _add_counts(report: HtmlReport, evaluation: InstanceEvaluation) -> None:

@@ -23,6 +23,10 @@ Maps = PathLike | Volume | Segmentation | Sequence[PathLike | Volume | Segmentat
 NamedMaps = Maps | Mapping[str, PathLike | Volume | Segmentation]
 
 
+# What `medseg count` calls the label map of a case.
+LABELS_SUFFIX = "_labels"
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """One case: its name, prediction and reference."""
@@ -45,7 +49,8 @@ def pair_cases(predictions: NamedMaps, references: NamedMaps) -> Pairing:
     """Match predictions with references.
 
     Two folders (or mappings) are matched by case name, which is the file name without its suffixes, so
-    ``case.mha`` meets ``case.nii.gz``. Two files, two Volumes or two sequences are matched by position.
+    ``case.mha`` meets ``case.nii.gz``, and so does ``case_labels.nii.gz`` of ``medseg count``. Two files, two
+    Volumes or two sequences are matched by position.
 
     Raises
     ------
@@ -54,6 +59,7 @@ def pair_cases(predictions: NamedMaps, references: NamedMaps) -> Pairing:
     """
     predicted, named = _collect(predictions, "prediction")
     known, also_named = _collect(references, "reference")
+    predicted = _without_suffix(predicted, known) if named and also_named else predicted
     if not (named or also_named):
         return _by_position(list(predicted.items()), list(known.items()))
     both = [name for name in predicted if name in known]
@@ -68,6 +74,15 @@ def pair_cases(predictions: NamedMaps, references: NamedMaps) -> Pairing:
             f"{_listing(known)}. Rename the files so that both sides use the same case names."
         )
     return pairing
+
+
+def _without_suffix(predicted: dict[str, Source], known: dict[str, Source]) -> dict[str, Source]:
+    """Call ``case_labels`` case where a reference is called that, and leave its ``case_overlay`` out."""
+    cases = {name.removesuffix(LABELS_SUFFIX) for name in predicted if name.endswith(LABELS_SUFFIX)}
+    cases = {name for name in cases if name in known and name not in predicted}
+    aside = {f"{name}_overlay" for name in cases}
+    renamed = {f"{name}{LABELS_SUFFIX}": name for name in cases}
+    return {renamed.get(name, name): source for name, source in predicted.items() if name not in aside}
 
 
 def load_label_map(source: Source, name: str) -> Volume:

@@ -8,12 +8,10 @@ choice between equals falls to the lowest index, so that results do not depend o
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
-from medseg.types import FloatArray, IntArray, Shape
+from medseg.types import Shape
 
 # Sizes grow at most by this factor in decoding, against overflow (Detectron: 1000 / 16).
 LARGEST_GROWTH = 1000 / 16
@@ -40,33 +38,6 @@ def clip_boxes(boxes: Tensor, shape: Shape) -> Tensor:
     """Return boxes (n, 2d) cut at the border of an image of `shape`."""
     limit = boxes.new_tensor([*shape, *shape])
     return torch.minimum(boxes.clamp(min=0), limit)
-
-
-def label_boxes(labels: IntArray) -> tuple[IntArray, FloatArray]:
-    """Return the objects of a label map and their boxes.
-
-    Parameters
-    ----------
-    labels : (a0, a1[, a2]) integers, 0 is background; values may have gaps
-
-    Returns
-    -------
-    values : (n,) ascending
-    boxes : (n, 2d) float32
-
-    Examples
-    --------
-    >>> label_boxes(np.array([[0, 7, 7], [0, 0, 7]]))[1].tolist()
-    [[0.0, 1.0, 2.0, 3.0]]
-    """
-    values = np.unique(labels)
-    values = values[values != 0]
-    # find_objects makes a list as long as the largest value
-    dense = np.searchsorted(values, labels) + 1
-    dense[labels == 0] = 0
-    places = ndimage.find_objects(dense, len(values))
-    boxes = [[s.start for s in place] + [s.stop for s in place] for place in places]
-    return values, np.array(boxes, np.float32).reshape(len(values), 2 * labels.ndim)
 
 
 def encode_boxes(targets: Tensor, anchors: Tensor, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medseg.geometry.boxes import label_boxes
 from medseg.nets.boxes import (
     box_sizes,
     clip_boxes,
     decode_boxes,
     encode_boxes,
-    label_boxes,
     nms_per_class,
 )
 from medseg.nets.matching import match_atss, match_iou, sample_hard, sample_random
@@ -128,6 +128,18 @@ def list_objects(
     )
 
 
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """Convolve, in float32 where half precision on a CPU would learn from a wrong gradient.
+
+    oneDNN 3.12 (torch 2.13) gives the weights of a 3 x 3 x 3 convolution in bfloat16 a gradient of rubbish,
+    or NaN, where the first axis has two voxels, and nowhere else; small top levels are such.
+    """
+    if x.ndim == 5 and x.shape[2] == 2 and x.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return cast(Tensor, conv(x.float()))
+    return cast(Tensor, conv(x))
+
+
 class Pyramid(nn.Module):
     """Features of every level with the coarser ones added, all of the same width (Lin et al., 2017)."""
 
@@ -143,7 +155,7 @@ class Pyramid(nn.Module):
         sums = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
         for level in range(len(sums) - 2, -1, -1):
             sums[level] = sums[level] + F.interpolate(sums[level + 1], sums[level].shape[2:])
-        levels = [smooth(x) for smooth, x in zip(self.smooth, sums, strict=True)]
+        levels = [convolve(smooth, x) for smooth, x in zip(self.smooth, sums, strict=True)]
         return levels if self.pool is None else [*levels, self.pool(levels[-1], 1, 2)]
 
 
@@ -162,7 +174,7 @@ class ProposalHead(nn.Module):
         """Return for each level logits (n, cells * anchors) and codes (n, cells * anchors, 2d)."""
         result = []
         for level in levels:
-            x = F.relu(self.conv(level))
+            x = F.relu(convolve(self.conv, level))
             scores, codes = self.score(x).float(), self.box(x).float()
             n = len(x)
             scores = scores.movedim(1, -1).reshape(n, -1)
@@ -223,6 +235,7 @@ class MaskRCNN(nn.Module):
         n = architecture.dimensions
         kinds = {"unet": PlainEncoder, "resenc-unet": ResidualEncoder}
         self.settings, self.strides = settings, level_strides(architecture, settings)
+        self._made: tuple[object, list[Tensor]] | None = None
         self.encoder = kinds[architecture.network](in_channels, architecture)
         self.encoder.apply(_initialize)
         width, heads, classes = settings.pyramid_channels, settings.heads, settings.n_classes
@@ -276,10 +289,7 @@ class MaskRCNN(nn.Module):
         """
         levels = self.pyramid(self.encoder(images)[self.settings.finest_stage :])
         scored = self.proposal(levels)
-        anchors = [
-            make_anchors(level.shape[2:], stride, sizes).to(images.device)
-            for level, stride, sizes in zip(levels, self.strides, self.settings.anchors, strict=True)
-        ]
+        anchors = self._anchors(levels)
         shape = tuple(images.shape[2:])
         proposals = self._propose(scored, anchors, shape, training=labels is not None)
         if labels is None:
@@ -294,6 +304,15 @@ class MaskRCNN(nn.Module):
         generator = generator or torch.Generator().manual_seed(0)
         losses = self._proposal_losses(scored, anchors, objects, generator)
         return losses | self._head_losses(levels, proposals, objects, generator)
+
+    def _anchors(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Return the anchors of every level; those of the last shapes are kept."""
+        shapes = tuple(tuple(level.shape[2:]) for level in levels)
+        if self._made is None or self._made[0] != (shapes, levels[0].device):
+            rows = zip(shapes, self.strides, self.settings.anchors, strict=True)
+            made = [make_anchors(*row).to(levels[0].device) for row in rows]
+            self._made = ((shapes, levels[0].device), made)
+        return self._made[1]
 
     def _propose(
         self, scored: list[tuple[Tensor, Tensor]], anchors: list[Tensor], shape: Shape, training: bool
@@ -369,7 +388,7 @@ class MaskRCNN(nn.Module):
         kinds = torch.cat([region.classes for region in regions])
         losses = {
             "class": _mean_or_zero(F.cross_entropy(logits, kinds, reduction="sum"), logits, len(kinds)),
-            "box": _box_loss(codes, regions, objects),
+            "box": heads.box_weight * _box_loss(codes, regions, objects),
         }
         found = [region.boxes[region.classes > 0] for region in regions]
         cells = self._read(levels, found, heads.mask_cells)
@@ -471,7 +490,8 @@ def make_anchors(shape: Shape, stride: Sequence[float], sizes: Sequence[Sequence
     axes = [(torch.arange(n) + 0.5) * step for n, step in zip(shape, stride, strict=True)]
     centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 1, len(shape))
     half = torch.tensor(sizes, dtype=torch.float32)[None] / 2
-    return torch.cat((centres - half, centres + half), -1).reshape(-1, 2 * len(shape))
+    anchors = torch.cat((centres - half, centres + half), -1).reshape(-1, 2 * len(shape))
+    return anchors.T.contiguous().T  # what reads them does so an edge at a time
 
 
 def _mean_or_zero(total: Tensor, outputs: Tensor, count: int) -> Tensor:

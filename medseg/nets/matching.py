@@ -10,6 +10,9 @@ NEGATIVE, IGNORED = -1, -2
 
 # Of one matrix of objects and anchors; there are several of them at a time.
 MATRIX_BYTES = 1 << 26
+# Anchors that are compared at a time with the objects near to them. Anchors of a level run along its rows, so
+# that few thousands are a strip of the image, which most objects are far from.
+BLOCK = 1 << 13
 
 
 def match_iou(
@@ -43,27 +46,38 @@ def match_iou(
     matches = torch.full((len(anchors),), NEGATIVE, device=anchors.device)
     if not len(targets) or not len(anchors):
         return matches
-    rows = max(1, max_bytes // (8 * len(targets)))
+    rows = max(1, min(BLOCK, max_bytes // (8 * len(targets))))
     best, owner = [], []
-    peak = torch.zeros((), device=anchors.device)
+    peak = targets.new_zeros(len(targets))
     for block in torch.split(anchors, rows):
-        overlap = box_iou(block, targets)
-        best.append(overlap.amax(1))
-        owner.append(_first_equal(overlap, best[-1]))
-        peak = torch.maximum(peak, overlap.amax(0))
+        near = _near(targets, block)
+        overlap = box_iou(targets[near], block)
+        highest = overlap.amax(0) if len(near) else block.new_zeros(len(block))
+        best.append(highest)
+        owner.append(near[_first_equal(overlap, highest)] if len(near) else torch.zeros_like(highest).long())
+        peak[near] = torch.maximum(peak[near], overlap.amax(1))
     most = torch.cat(best)
     positive = most >= high
-    if low_quality:
-        for some in torch.split(torch.nonzero(most > 0)[:, 0], rows):
-            positive[some] |= ((box_iou(anchors[some], targets) == peak) & (peak > 0)).any(1)
+    if low_quality and bool((peak > 0).any()):
+        # who attains the largest overlap of an object has at least the smallest of these
+        for some in torch.split(torch.nonzero(most >= peak[peak > 0].min())[:, 0], rows):
+            ties = (box_iou(targets, anchors[some]) == peak[:, None]) & (peak > 0)[:, None]
+            positive[some] |= ties.any(0)
     matches[(most >= low) & ~positive] = IGNORED
     return torch.where(positive, torch.cat(owner), matches)
 
 
+def _near(targets: Tensor, anchors: Tensor) -> Tensor:
+    """Return the indices of targets that meet the smallest box around some anchors; no other overlaps one."""
+    n = anchors.shape[1] // 2
+    low, high = anchors[:, :n].amin(0), anchors[:, n:].amax(0)
+    return torch.nonzero(((targets[:, n:] > low) & (targets[:, :n] < high)).all(1))[:, 0]
+
+
 def _first_equal(overlap: Tensor, best: Tensor) -> Tensor:
-    """Return the first column of each row that holds its largest value (argmax leaves ties open)."""
-    columns = torch.arange(overlap.shape[1], device=overlap.device)
-    return torch.where(overlap == best[:, None], columns, overlap.shape[1]).amin(1)
+    """Return the first row of each column that holds its largest value (argmax leaves ties open)."""
+    rows = torch.arange(len(overlap), device=overlap.device)[:, None]
+    return torch.where(overlap == best, rows, len(overlap)).amin(0)
 
 
 def match_atss(

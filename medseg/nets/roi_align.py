@@ -75,10 +75,8 @@ def _read(features: Tensor, boxes: Tensor, strides: Sequence[float], output: Sha
     grid = grid.reshape(1, -1, *grid.shape[2:])
     read = F.grid_sample(features[None], grid, "bilinear", "border", align_corners=False)
     inside = torch.stack([part.expand(shape) for part in valid]).all(0)
-    read = read.view(channels, *shape) * inside
-    bins = [size for cells in output for size in (cells, samples)]
-    means = read.view(channels, k, *bins).mean([3 + 2 * axis for axis in range(n)])
-    return means.transpose(0, 1)
+    pool = F.avg_pool2d if n == 2 else F.avg_pool3d
+    return pool(read.view(channels, *shape) * inside, samples).transpose(0, 1)
 
 
 def _positions(low: Tensor, high: Tensor, stride: float, count: int) -> Tensor:

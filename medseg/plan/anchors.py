@@ -29,13 +29,16 @@ SEARCHED_BOXES, POPULATION, GENERATIONS = 500, 8, 50
 Sizes = tuple[tuple[float, ...], ...]
 
 
-def plan_anchors(sizes: FloatArray, strides: Sequence[Sequence[int]]) -> tuple[tuple[Sizes, ...], AnchorFit]:
+def plan_anchors(
+    sizes: FloatArray, strides: Sequence[Sequence[int]], count: int = len(START)
+) -> tuple[tuple[Sizes, ...], AnchorFit]:
     """Choose the anchors of every level.
 
     Parameters
     ----------
     sizes : (k, d) sides of the training objects' boxes in voxels of the network
     strides : of every level, finest first, a number an axis
+    count : sides an axis, at most three; a cell has as many anchors as combinations
 
     Returns
     -------
@@ -50,11 +53,11 @@ def plan_anchors(sizes: FloatArray, strides: Sequence[Sequence[int]]) -> tuple[t
     dims = len(strides[0])
     factors = np.array(strides, float) / np.array(strides[0], float)
     if len(sizes) < FEWEST_BOXES:
-        note = f"only {len(sizes)} objects to fit anchors to: sides of {START} are used as they come"
+        note = f"only {len(sizes)} objects to fit anchors to: sides of {START[:count]} are used as they come"
         logger.warning("Anchors: %s.", note)
-        return expand([START] * dims, factors), AnchorFit(boxes=len(sizes), note=note)
+        return expand([START[:count]] * dims, factors), AnchorFit(boxes=len(sizes), note=note)
     kept = _usual(sizes)
-    sides = _search(kept, factors)
+    sides = _search(kept, factors, count)
     anchors = expand(sides, factors)
     best = best_overlap(kept, np.array([size for level in anchors for size in level]))
     fit = AnchorFit(
@@ -95,16 +98,16 @@ def _usual(sizes: FloatArray) -> FloatArray:
     return usual if len(usual) else sizes
 
 
-def _search(sizes: FloatArray, factors: FloatArray) -> list[tuple[float, ...]]:
+def _search(sizes: FloatArray, factors: FloatArray, count: int) -> list[tuple[float, ...]]:
     from scipy.optimize import differential_evolution
 
-    dims, count = sizes.shape[1], len(START)
+    dims = sizes.shape[1]
     generator = np.random.default_rng(SEED)
     if len(sizes) > SEARCHED_BOXES:
         sizes = sizes[generator.choice(len(sizes), SEARCHED_BOXES, replace=False)]
     highest = np.maximum(np.ceil(sizes.max(0)), 2)
     bounds = [(1, high) for high in highest for _ in range(count)]
-    start = [min(side, high) for high in highest for side in START]
+    start = [min(side, high) for high in highest for side in START[:count]]
 
     def cost(numbers: FloatArray) -> float:
         shapes = np.array(list(product(*np.rint(numbers).reshape(dims, count))))

@@ -4,7 +4,7 @@ Lengths are voxels of the network's grid, a number a network axis. The defaults 
 two papers; those for volumes follow the medical detection toolkit (Jaeger et al., Retina U-Net, ML4H 2019).
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -69,6 +69,7 @@ class HeadSettings(Config):
     ----------
     high, low : IoU from which a region is an object, and below which it is background
     samples, positive_fraction : regions an image and step, and the most of them that are objects
+    box_weight : of the loss of boxes, which grows with their numbers: four in planes, six in volumes
     box_cells : of the features that classes and boxes are read from
     width : of the two fully connected layers
     mask_cells : of the features of the mask head; masks have twice as many
@@ -80,6 +81,7 @@ class HeadSettings(Config):
     low: Part = 0.5
     samples: Count = 512
     positive_fraction: Part = 0.25
+    box_weight: Positive = 1.0
     box_cells: tuple[Count, ...] = (7, 7)
     width: Count = 1024
     mask_cells: tuple[Count, ...] = (14, 14)
@@ -96,6 +98,7 @@ class FindSettings(Config):
     score : least probability
     nms : IoU above which the worse of two objects of a class is dropped, within a tile
     cluster : IoU above which boxes of several tiles are one object
+    least_side : boxes with a shorter side are left out
     detections : most objects an image, or tile; whether the limit was met is reported
     mask : least probability of a voxel
     """
@@ -103,8 +106,36 @@ class FindSettings(Config):
     score: Part = 0.05
     nms: Part = 0.5
     cluster: Part = 0.5
+    least_side: float = Field(0.0, ge=0)
     detections: Count = 1000
     mask: Part = 0.5
+
+
+class DetectorChoices(Config):
+    """What a recipe decides about a detector itself; what it leaves out is planned.
+
+    Attributes
+    ----------
+    channels : images of another number of channels are brought to it: grey is repeated, colour averaged
+    hold_out, hold_out_seed : cases that are drawn by the seed and neither trained on nor validated with
+    preset : of the planner
+    patch_size : voxels an axis
+    features : of the encoder's stages, finest first; as many as there are names the stages
+    finest_stage, pyramid_channels : as in :class:`Detection`
+    proposals, heads, find : values of these settings, by name
+    """
+
+    channels: Literal[1, 3] | None = None
+    hold_out: int = Field(0, ge=0)
+    hold_out_seed: int = Field(0, ge=0)
+    preset: str | None = None
+    patch_size: tuple[Count, ...] | None = None
+    features: tuple[Count, ...] | None = None
+    finest_stage: int | None = Field(None, ge=0)
+    pyramid_channels: Count | None = None
+    proposals: dict[str, Any] = Field(default_factory=dict)
+    heads: dict[str, Any] = Field(default_factory=dict)
+    find: dict[str, Any] = Field(default_factory=dict)
 
 
 class Detection(Config):

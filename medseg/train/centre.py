@@ -23,7 +23,8 @@ from medseg.errors import ConfigError, DatasetError, TrainingError
 from medseg.files import check_writable, write_text
 from medseg.instances.centre_model import CentreSettings
 from medseg.io import Case, Dataset, open_dataset, read_image, read_label
-from medseg.labels import LabelSet
+from medseg.io.semantic import SemanticMaps, find_semantic_maps
+from medseg.labels import LabelSet, PanopticLabels
 from medseg.metrics.report import HtmlReport, curves
 from medseg.nets.centre_heads import CentreHeads, build_centre_network
 from medseg.plan import Architecture, Configuration, Plan, choose_split
@@ -37,6 +38,7 @@ from medseg.train.centre_samples import CentreCase, CentreSampler, make_case, me
 from medseg.train.processes import claimed, launch
 from medseg.train.samples import PatchSource
 from medseg.train.setup import Fold
+from medseg.train.setup import hold_out as draw_held_out
 from medseg.train.synthetic_cells import SyntheticSampler
 from medseg.types import Array, IntArray, PathLike
 
@@ -59,6 +61,12 @@ class CentreSetup:
     held_out: tuple[Case, ...]
     run: Path
     pretrained: Path | None
+    semantic: SemanticMaps | None = None
+
+    @property
+    def labels(self) -> LabelSet:
+        """What the network tells apart: objects alone, or the classes of a data set with things and stuff."""
+        return OBJECTS if self.semantic is None else self.semantic.classes.label_set()
 
     @property
     def folder(self) -> Path:
@@ -72,7 +80,10 @@ class CentreSetup:
         config = self.config.model_dump(mode="json")
         config["train"] = {k: v for k, v in config["train"].items() if k not in excluded}
         cases = [[case.name for case in part] for part in (self.train, self.held_out)]
-        return hashlib.sha256(json.dumps([config, cases], sort_keys=True).encode()).hexdigest()
+        decided: list[Any] = [config, cases]
+        if self.semantic is not None:
+            decided.append(self.semantic.classes.to_dict())
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     def facts(self) -> dict[str, Any]:
         """Return what will be trained, as plain data."""
@@ -80,6 +91,7 @@ class CentreSetup:
             "dataset": str(self.dataset.root),
             "run": str(self.run),
             "task": "centre-offset",
+            **({} if self.semantic is None else _named(self.semantic.classes)),
             "scenes": "of the dataset" if self.config.synthetic is None else "synthetic",
             "object voxels": self.config.object_voxels,
             "steps": self.config.train.steps,
@@ -88,6 +100,10 @@ class CentreSetup:
             "train": len(self.train),
             "validation": len(self.held_out),
         }
+
+
+def _named(classes: PanopticLabels) -> dict[str, str]:
+    return {"things": ", ".join(classes.things), "stuff": ", ".join(classes.stuff)}
 
 
 def decide_centre(
@@ -112,10 +128,13 @@ def decide_centre(
         by_name = {case.name: case for case in labelled}
         split = choose_split(labelled, fold, splits)
         train, held_out = (tuple(by_name[name] for name in names) for names in (split.train, split.val))
+    semantic = None
     if config.synthetic is not None:
         train = ()
+    else:
+        semantic = find_semantic_maps(dataset.root)
     given = None if pretrained is None else Path(pretrained)
-    return CentreSetup(dataset, config, fold, train, held_out, Path(out), given)
+    return CentreSetup(dataset, config, fold, train, held_out, Path(out), given, semantic)
 
 
 def hold_out(cases: Sequence[Case], config: CentreConfig) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
@@ -126,13 +145,10 @@ def hold_out(cases: Sequence[Case], config: CentreConfig) -> tuple[tuple[Case, .
     DatasetError
         Nothing is left to train on.
     """
-    ordered = sorted(cases, key=lambda case: case.name)
-    count = len(ordered) if config.hold_out < 0 else config.hold_out
-    if config.synthetic is None and count >= len(ordered):
-        raise DatasetError(f"hold_out {count}: there are {len(ordered)} cases. Hold fewer out.")
-    chosen = set(np.random.default_rng(config.hold_out_seed).permutation(len(ordered))[:count].tolist())
-    held = tuple(case for n, case in enumerate(ordered) if n in chosen)
-    return tuple(case for n, case in enumerate(ordered) if n not in chosen), held
+    ordered = tuple(sorted(cases, key=lambda case: case.name))
+    if config.synthetic is not None and not 0 <= config.hold_out < len(ordered):
+        return (), ordered
+    return draw_held_out(ordered, config.hold_out, config.hold_out_seed)
 
 
 def describe_centre(dataset: Dataset | PathLike, out: PathLike, **choices: Any) -> dict[str, Any]:
@@ -157,7 +173,8 @@ def train_centre(
     Parameters
     ----------
     dataset : Dataset or folder
-        Label maps hold the number of each object, 0 = background.
+        Label maps hold the number of each object, 0 = background. Where there are maps of classes besides
+        (:mod:`medseg.io.semantic`), the network learns things and stuff.
     out : run folder
     fold : 0 to 4, or "all"; the splits are those of ``medseg train``, unless the recipe holds cases out
     max_minutes : training and measuring end in about this time, the learning rate annealed
@@ -267,17 +284,16 @@ def prepare(setup: CentreSetup) -> Prepared:
     config = setup.config
     per_case = config.size_of == "case"
 
-    def bring(name: str, case: tuple[Array, IntArray, tuple[float, ...]], size: float) -> CentreCase:
-        return make_case(name, *case, (size or usual) if per_case else usual, config)
+    def bring(case: Case, found: tuple[Array, IntArray, tuple[float, ...]], size: float) -> CentreCase:
+        classes = None if setup.semantic is None else setup.semantic.read(case, found[1])
+        return make_case(case.name, *found, (size or usual) if per_case else usual, config, classes)
 
-    cases = [
-        bring(c.name, *pair) for c, pair in zip(setup.train, zip(opened, sizes, strict=True), strict=True)
-    ]
+    cases = [bring(*each) for each in zip(setup.train, opened, sizes, strict=True)]
     del opened
     held = []
     for case in log.progress(setup.held_out, "Reading cases"):
         one = open_objects(case)
-        held.append(bring(case.name, one, median_diameter(one[1], one[2])))
+        held.append(bring(case, one, median_diameter(one[1], one[2])))
     architecture, patch = plan_network(config, kinds.pop())
     train = CentreSampler(cases, patch, config)
     validation = CentreSampler(held, patch, config, train=False) if held else None
@@ -323,7 +339,8 @@ def make_job(setup: CentreSetup, prepared: Prepared, resume: bool) -> loop.Job:
     """Build the network and what the loop needs."""
     config = setup.config
     torch.manual_seed(config.train.seed)
-    network = build_centre_network(prepared.architecture, prepared.channels, OBJECTS.n_outputs)
+    labels, ignore = setup.labels, setup.labels.ignore
+    network = build_centre_network(prepared.architecture, prepared.channels, labels.n_outputs)
     if setup.pretrained is not None and not (resume and (setup.folder / loop.STATE_FILE).exists()):
         bundle = load_bundle(setup.pretrained)
         weights = {name: value.float() for name, value in bundle.state_dict(bundle.folds[0]).items()}
@@ -333,10 +350,10 @@ def make_job(setup: CentreSetup, prepared: Prepared, resume: bool) -> loop.Job:
             raise ConfigError(
                 f"{setup.pretrained}: its weights do not fit. Train with its recipe."
             ) from error
-    heads = CentreHeads(OBJECTS.n_outputs, prepared.architecture.dimensions)
+    heads = CentreHeads(labels.n_outputs, prepared.architecture.dimensions)
     return loop.Job(
         network=network,
-        labels=OBJECTS,
+        labels=labels,
         config=config.train,
         batch_size=_batch_size(config),
         batch_dice=True,
@@ -346,8 +363,8 @@ def make_job(setup: CentreSetup, prepared: Prepared, resume: bool) -> loop.Job:
         key=setup.key,
         title=f"Training fold {setup.fold}",
         resume=resume,
-        loss=lambda network, images, goal, step: centre_loss(network(images), goal, heads, config.loss),
-        counts=lambda outputs, goal, labels: count_overlap(outputs, goal, heads),
+        loss=lambda net, images, goal, step: centre_loss(net(images), goal, heads, config.loss, ignore),
+        counts=lambda outputs, goal, _: count_overlap(outputs, goal, heads, ignore),
     )
 
 
@@ -373,7 +390,7 @@ def make_plan_of(setup: CentreSetup, prepared: Prepared) -> tuple[Plan, str]:
         preset="cpu",
         recipe="cpu",
         channels=names,
-        labels=OBJECTS,
+        labels=setup.labels,
         file_ending=setup.dataset.file_ending,
         reader=setup.dataset.reader,
         transpose_forward=(0, 1, 2),
@@ -399,7 +416,8 @@ def _finish(setup: CentreSetup, prepared: Prepared, outcome: loop.Outcome) -> No
         object_voxels=config.object_voxels,
         diameter=prepared.diameter,
         percentiles=config.percentiles,
-        classes=OBJECTS.n_outputs,
+        classes=setup.labels.n_outputs,
+        things=(1,) if setup.semantic is None else setup.semantic.classes.thing_values,
     )
     card = {
         "task": "centre-offset",
@@ -414,7 +432,7 @@ def _finish(setup: CentreSetup, prepared: Prepared, outcome: loop.Outcome) -> No
     }
     plan, name = make_plan_of(setup, prepared)
     save_bundle(setup.run / "bundle", plan, name, {str(setup.fold): weights}, (), card)
-    measured = measure_objects(load_bundle(setup.run), setup.held_out, str(setup.fold))
+    measured = measure_objects(load_bundle(setup.run), setup.held_out, str(setup.fold), setup.semantic)
     result = {
         "fold": setup.fold,
         "held_out": setup.fold != "all" or bool(config.hold_out),
@@ -435,6 +453,7 @@ def _draw(setup: CentreSetup, progress: state.Progress, measured: Measured) -> H
     pooled = measured.pooled()
     facts = {
         **{f"TP/(TP+FP+FN) at IoU {t:g}": f"{value:.3f}" for t, value in pooled.items()},
+        **measured.panoptic_facts(),
         "steps": f"{progress.step:,}",
         "minutes": f"{progress.elapsed_seconds / 60:.1f}",
     }

@@ -85,7 +85,7 @@ class SyntheticConfig(Config):
     spread : float
         Log-normal deviation of sizes in a scene.
     crowd : (float, float)
-        Range of cells a scene, in cell volumes a scene volume.
+        Range of cells a scene, in cell volumes a scene volume; log-uniform.
     elongation : float
         Largest ratio of the axes of a cell.
     blur : (float, float)
@@ -96,7 +96,7 @@ class SyntheticConfig(Config):
 
     diameter: tuple[float, float] = (9.0, 22.0)
     spread: float = Field(0.25, ge=0)
-    crowd: tuple[float, float] = (0.1, 1.2)
+    crowd: tuple[float, float] = (0.05, 1.2)
     elongation: float = Field(2.0, ge=1)
     blur: tuple[float, float] = (0.3, 1.8)
     noise: tuple[float, float] = (0.02, 1.0)

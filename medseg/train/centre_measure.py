@@ -1,4 +1,4 @@
-"""How well a bundle finds the objects of held-out cases."""
+"""How well a bundle finds the objects of held-out cases, and the stuff around them where it knows any."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +9,13 @@ import numpy as np
 from medseg import log
 from medseg.bundle import Bundle
 from medseg.instances.models import open_object_model
+from medseg.instances.panoptic import merge_found
 from medseg.io import Case
+from medseg.io.semantic import SemanticMaps
 from medseg.metrics.matching import match_objects
 from medseg.metrics.overlap_table import overlap_table
+from medseg.metrics.panoptic import PanopticClasses
+from medseg.metrics.panoptic_maps import PanopticMap, compare_panoptic, describe_quality
 from medseg.types import IntArray
 
 THRESHOLDS = (0.5, 0.7)
@@ -24,9 +28,11 @@ class Measured:
     Attributes
     ----------
     rows : case name to IoU threshold to (true, invented, missed)
+    panoptic : counts of all cases by class, of a network with things and stuff
     """
 
     rows: Mapping[str, Mapping[float, tuple[int, int, int]]] = field(default_factory=dict)
+    panoptic: PanopticClasses | None = None
 
     def pooled(self) -> dict[float, float]:
         """Return TP / (TP + FP + FN) over all cases, for each IoU; empty without cases."""
@@ -43,7 +49,16 @@ class Measured:
             "objects": {
                 name: {f"{t:g}": list(counts) for t, counts in row.items()} for name, row in self.rows.items()
             },
+            **({} if self.panoptic is None else {"panoptic": describe_quality(self.panoptic)}),
         }
+
+    def panoptic_facts(self) -> dict[str, str]:
+        """Return panoptic quality in words; nothing from a network of objects alone."""
+        if self.panoptic is None:
+            return {}
+        means = (self.panoptic.overall, self.panoptic.overall_things, self.panoptic.overall_stuff)
+        titles = ("PQ", "PQ of things", "PQ of stuff")
+        return {title: f"{mean.pq:.3f}" for title, mean in zip(titles, means, strict=True)}
 
     def table(self) -> dict[str, str]:
         """Return a line a case."""
@@ -53,7 +68,9 @@ class Measured:
         }
 
 
-def measure_objects(bundle: Bundle, cases: Sequence[Case], fold: str) -> Measured:
+def measure_objects(
+    bundle: Bundle, cases: Sequence[Case], fold: str, semantic: SemanticMaps | None = None
+) -> Measured:
     """Find the objects of cases as a user would, and compare them."""
     from medseg.train.centre import open_objects
 
@@ -61,11 +78,16 @@ def measure_objects(bundle: Bundle, cases: Sequence[Case], fold: str) -> Measure
         return Measured()
     model = open_object_model(bundle, str(bundle), fold=fold)
     rows = {}
+    parts = []
     for case in log.progress(cases, "Measuring objects"):
         image, labels, spacing = open_objects(case)
         found = model.segment(image, spacing, channel_axis=0)
         rows[case.name] = count_matches(labels, found.labels)
-    return Measured(rows)
+        if semantic is not None:
+            merged, classes = merge_found(found, semantic.classes), semantic.classes
+            known = PanopticMap(semantic.read(case, labels), labels, classes)
+            parts.append(compare_panoptic(known, PanopticMap(merged.semantic, merged.labels, classes)))
+    return Measured(rows, PanopticClasses.merged(parts) if parts else None)
 
 
 def count_matches(

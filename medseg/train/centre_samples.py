@@ -14,7 +14,8 @@ from torch import Tensor
 
 from medseg.errors import TrainingError
 from medseg.instances.centre_targets import make_targets, number_objects
-from medseg.instances.rescale import labels_to_grid, normalise, one_if_equal, set_channels, to_grid
+from medseg.instances.rescale import labels_to_grid, normalise, one_if_equal, to_grid
+from medseg.io.channels import set_channels
 from medseg.train.centre_config import CentreAugment, CentreConfig
 from medseg.train.config import Ranged, TrainConfig
 from medseg.train.samples import Sample
@@ -22,6 +23,9 @@ from medseg.types import Array, FloatArray, IntArray
 
 # Cases are kept no finer than this many voxels a voxel of the network: the rest would be thrown away.
 KEPT = 1.3
+# Voxels of each class of stuff that patches are drawn around, besides the objects. Of small areas far from
+# all objects, a network found nothing without them, and had a PQ of 0.94 with them (200 steps, drawn scenes).
+STUFF_PLACES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +41,10 @@ class CentreCase:
         Objects 1..K.
     step : (n,) float
         Voxels of this image along each axis in a voxel of the network, when objects have their usual size.
-    middles : (K, n) float
-        A voxel of each object, roughly its middle.
+    middles : (m, n) float
+        A voxel of each object, roughly its middle, and some voxels of each class of stuff.
+    classes : (*shape) uint8
+        Class of each voxel; 1 in objects where there is only one.
     """
 
     name: str
@@ -46,6 +52,7 @@ class CentreCase:
     labels: IntArray
     step: FloatArray
     middles: FloatArray
+    classes: IntArray
 
     @property
     def colour(self) -> bool:
@@ -75,13 +82,20 @@ def diameter_of(content: float, dimensions: int) -> float:
 
 
 def make_case(
-    name: str, image: Array, labels: IntArray, spacing: Sequence[float], diameter: float, config: CentreConfig
+    name: str,
+    image: Array,
+    labels: IntArray,
+    spacing: Sequence[float],
+    diameter: float,
+    config: CentreConfig,
+    classes: IntArray | None = None,
 ) -> CentreCase:
     """Bring an image (channel, *shape) and its label map to about the network's voxels.
 
     Parameters
     ----------
     diameter : physical, of what is to become `config.object_voxels` wide
+    classes : (*shape), class of each voxel; 1 in objects, if not given
     """
     voxel = diameter / config.object_voxels
     shape = labels.shape
@@ -90,14 +104,27 @@ def make_case(
     shown = to_grid(normalise(one_if_equal(image), config.percentiles), sizes)
     kept, count = number_objects(labels_to_grid(labels, sizes))
     actual = np.array(shape) * np.asarray(spacing, float) / sizes
+    known = (kept > 0 if classes is None else labels_to_grid(classes, sizes)).astype(np.uint8)
     middles = ndimage.center_of_mass(kept > 0, kept, np.arange(1, count + 1)) if count else []
     return CentreCase(
         name,
         np.ascontiguousarray(shown),
         kept,
         voxel / actual,
-        np.asarray(middles, float).reshape(-1, labels.ndim),
+        np.concatenate([np.asarray(middles, float).reshape(-1, labels.ndim), _stuff_places(known, kept)]),
+        known,
     )
+
+
+def _stuff_places(classes: IntArray, labels: IntArray) -> FloatArray:
+    """Return some voxels of every class that no object has, (m, n): rare stuff has to be seen, too."""
+    places = [np.zeros((0, classes.ndim))]
+    alone = np.where(labels == 0, classes, 0).ravel()
+    for value in np.flatnonzero(np.bincount(alone[alone > 0])):
+        voxels = np.flatnonzero(alone == value)
+        chosen = voxels[np.linspace(0, len(voxels) - 1, min(STUFF_PLACES, len(voxels))).astype(int)]
+        places.append(np.stack(np.unravel_index(chosen, classes.shape), 1))
+    return np.concatenate(places)
 
 
 class CentreSampler:
@@ -129,19 +156,24 @@ class CentreSampler:
         matrix = np.diag(case.step)
         if self.train:
             matrix = matrix @ draw_matrix(len(self.patch), self.settings.augment, rng)
-        image, labels = read_patch(case, middle, matrix, self.patch)
+        image, labels, classes = read_patch(case, middle, matrix, self.patch)
         if self.train:
-            image, labels = _mirrored(image, labels, self.settings.augment, rng)
+            image, labels, classes = _mirrored(image, labels, classes, self.settings.augment, rng)
             image = change_look(image, labels, self.settings.augment, rng)
         image = np.ascontiguousarray(set_channels(image, self.channels))
-        return Sample(image, make_goal(labels, self.settings.object_voxels))
+        return Sample(image, make_goal(labels, self.settings.object_voxels, classes))
 
 
-def make_goal(labels: IntArray, object_voxels: float) -> FloatArray:
-    """Return what a network is to say of a patch: (2 + n, *patch) float32."""
+def make_goal(labels: IntArray, object_voxels: float, classes: IntArray | None = None) -> FloatArray:
+    """Return what a network is to say of a patch: (2 + n, *patch) float32.
+
+    Parameters
+    ----------
+    classes : (*patch), class of each voxel; 1 in objects, if not given
+    """
     targets = make_targets(labels, (1.0,) * labels.ndim)
-    inside = (labels > 0).astype(np.float32)
-    return np.concatenate([inside[None], targets.distance[None], targets.offset * (2 / object_voxels)])
+    known = ((labels > 0) if classes is None else classes).astype(np.float32)
+    return np.concatenate([known[None], targets.distance[None], targets.offset * (2 / object_voxels)])
 
 
 def _weights(cases: Sequence[CentreCase], config: CentreConfig) -> FloatArray:
@@ -176,13 +208,14 @@ def draw_matrix(dimensions: int, config: CentreAugment, rng: np.random.Generator
 
 def read_patch(
     case: CentreCase, middle: FloatArray, matrix: FloatArray, patch: tuple[int, ...]
-) -> tuple[FloatArray, IntArray]:
+) -> tuple[FloatArray, IntArray, IntArray]:
     """Read a patch around `middle` (voxels of the case); beyond its border the image is mirrored.
 
     Returns
     -------
     image : (channel, *patch) float32, linear
     labels : (*patch) int32, nearest; a mirrored object is another object
+    classes : (*patch) uint8, nearest
     """
     n = len(patch)
     offsets = np.stack(np.meshgrid(*[np.arange(p) - (p - 1) / 2 for p in patch], indexing="ij"))
@@ -203,7 +236,7 @@ def read_patch(
         padding_mode="border",
         align_corners=False,
     )
-    return image[0].numpy(), labels.astype(np.int32)
+    return image[0].numpy(), labels.astype(np.int32), case.classes[tuple(index)]
 
 
 def _fold(places: FloatArray, size: int) -> tuple[FloatArray, IntArray]:
@@ -216,12 +249,13 @@ def _fold(places: FloatArray, size: int) -> tuple[FloatArray, IntArray]:
 
 
 def _mirrored(
-    image: FloatArray, labels: IntArray, config: CentreAugment, rng: np.random.Generator
-) -> tuple[FloatArray, IntArray]:
+    image: FloatArray, labels: IntArray, classes: IntArray, config: CentreAugment, rng: np.random.Generator
+) -> tuple[FloatArray, IntArray, IntArray]:
     axes = tuple(axis for axis in range(labels.ndim) if config.mirror and rng.random() < 0.5)
     if not axes:
-        return image, labels
-    return np.flip(image, tuple(a + 1 for a in axes)).copy(), np.flip(labels, axes).copy()
+        return image, labels, classes
+    shown = np.flip(image, tuple(a + 1 for a in axes)).copy()
+    return shown, np.flip(labels, axes).copy(), np.flip(classes, axes).copy()
 
 
 def change_look(

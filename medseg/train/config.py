@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from medseg.config import Config
+from medseg.plan.detection import DetectorChoices
 
 
 def _check_order(low: float, high: float) -> None:
@@ -141,6 +142,7 @@ class TrainConfig(Config):
     compile : auto compiles on CUDA only; on a CPU it did not pay (DECISIONS.md, 14)
     patience_epochs : stop when the best score is this old; 0 never stops early
     checkpoint_seconds : time between checkpoints (also one at every epoch's end)
+    detector : what the recipe decides about a detector in the planner's place
     final_mirroring : average over mirrored copies in the final validation (and by default at prediction)
     """
 
@@ -164,6 +166,7 @@ class TrainConfig(Config):
     checkpoint_seconds: float = Field(300.0, gt=0)
     final_mirroring: bool = True
     tensorboard: bool = False
+    detector: DetectorChoices | None = None
 
     @property
     def steps(self) -> int:

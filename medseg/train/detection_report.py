@@ -12,13 +12,14 @@ from medseg import log
 from medseg.bundle import load_bundle, save_bundle
 from medseg.errors import MedsegError
 from medseg.files import write_text
-from medseg.instances.detect import Detector, Found, ObjectMap
-from medseg.io import Case, read_image, write
+from medseg.instances.detect import Detector, ObjectMap
+from medseg.io import read_image, write
+from medseg.metrics.instances_page import add_ranking
+from medseg.metrics.ranking import Ranking
 from medseg.metrics.report import HtmlReport, curves
 from medseg.plan.objects import read_objects
-from medseg.preprocess.record import Record
+from medseg.train.detection_sweep import Choice, Seen, class_maps, rank, sweep
 from medseg.types import Array
-from medseg.volume import Geometry
 
 if TYPE_CHECKING:
     from medseg.train.loop import Outcome
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("medseg")
 
-# Scores of which the one is kept that finds objects best on held-out cases.
-SCORES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # A found object is an object where their intersection is more than this part of their union.
 IOU = 0.5
 
@@ -79,10 +78,11 @@ def count_matches(found: Array, reference: Array, iou: float = IOU) -> Counts:
 
 
 def finish(setup: "Setup", outcome: "Outcome", bundle: Path) -> Path:
-    """Find the objects of held-out cases, choose the least score, and write the fold's report.
+    """Find the objects of held-out cases, choose how boxes become objects, and write the fold's report.
 
     Writes ``validation/CASE.nii.gz`` (objects 1 to k) and ``validation/CASE.json`` (their classes and
-    scores), ``result.json`` and ``report.html``; the least score goes into the bundle's card.
+    scores), ``result.json`` and ``report.html``; what was chosen goes into the bundle's card (``score``,
+    ``find``).
 
     Returns
     -------
@@ -90,67 +90,52 @@ def finish(setup: "Setup", outcome: "Outcome", bundle: Path) -> Path:
         The report.
     """
     detector = Detector(load_bundle(bundle), fold=str(setup.fold))
-    cases = _detect(setup, detector)
-    counts = {score: sum((_count(c, detector, score) for c in cases), Counts()) for score in SCORES}
-    best = max(SCORES, key=lambda score: (counts[score].f1, -abs(score - 0.5))) if cases else 0.5
-    card = {**detector.bundle.card, "score": best}
-    save_bundle(bundle, setup.plan, setup.configuration, {}, detector.bundle.mirror_axes, card)
+    cases = _look(setup, detector)
+    n_classes = len(setup.plan.labels.foreground)
+    choice = sweep(cases, detector, n_classes) if cases else None
+    ranked = None
+    if choice is not None:
+        chosen = {"cluster": choice.settings.cluster, "least_side": choice.settings.least_side}
+        card = {**detector.bundle.card, "score": choice.score, "find": chosen}
+        save_bundle(bundle, setup.plan, setup.configuration, {}, detector.bundle.mirror_axes, card)
+        detector = Detector(load_bundle(bundle), fold=str(setup.fold))
+        ranked = rank(cases, detector, n_classes)
     rows = {name: Counts() for name in setup.plan.labels.foreground}
     for case in cases:
-        drawn = case.draw(detector, best)
+        drawn = case.draw(detector, detector.score)
         _write(setup, case, drawn)
-        for name, each in _count_classes(setup, case, drawn).items():
+        for name, each in _count_classes(setup, case, drawn, detector).items():
             rows[name] += each
-    result = _summarize(setup, outcome, rows, best)
+    result = _summarize(setup, outcome, rows, choice, ranked, detector.score)
     write_text(setup.folder / "result.json", json.dumps(result, indent=1))
     path = setup.folder / "report.html"
-    _draw_page(setup, outcome, result, counts if cases else {}).write(path)
+    _draw_page(setup, outcome, result, choice, ranked).write(path)
     return path
 
 
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """A held-out case with what was found in it, of whatever score."""
-
-    case: Case
-    grid: Geometry
-    reference: Array
-    found: list[Found]
-    record: Record
-
-    def draw(self, detector: Detector, score: float) -> ObjectMap:
-        return detector.draw(self.grid, self.found, self.record, score)
-
-
-def _detect(setup: "Setup", detector: Detector) -> list[_Seen]:
+def _look(setup: "Setup", detector: Detector) -> list[Seen]:
     detection = detector.settings
     seen = []
     for case in log.progress(setup.validation, "Validating whole cases"):
         try:
             reference = read_objects(case, setup.plan.labels, detection.objects).array[0]
             image = read_image(case)
-            seen.append(_Seen(case, image.geometry, reference, *detector.detect(image)))
+            seen.append(Seen(case, image.geometry, reference, *detector.look(image)))
         except MedsegError as error:
             logger.warning("%s: not validated. %s", case.name, error)
     return seen
 
 
-def _count(seen: _Seen, detector: Detector, score: float) -> Counts:
-    return count_matches(seen.draw(detector, score).volume.array[0], seen.reference)
-
-
-def _count_classes(setup: "Setup", seen: _Seen, drawn: ObjectMap) -> dict[str, Counts]:
+def _count_classes(setup: "Setup", seen: Seen, drawn: ObjectMap, detector: Detector) -> dict[str, Counts]:
     """Count each class by itself: an object of the wrong class is one too many and one missed."""
-    labels, array = setup.plan.labels, drawn.volume.array[0]
-    result = {}
-    for number, (name, value) in enumerate(labels.foreground.items()):
-        own = np.concatenate([[False], drawn.classes == value])
-        wanted = (seen.reference > 0) & ((seen.reference - 1) % len(labels.foreground) == number)
-        result[name] = count_matches(array * own[array], seen.reference * wanted)
-    return result
+    names = setup.plan.labels.foreground
+    maps = class_maps(seen, drawn, detector, len(names))
+    return {
+        name: count_matches(found, reference) for name, (reference, found, _) in zip(names, maps, strict=True)
+    }
 
 
-def _write(setup: "Setup", seen: _Seen, drawn: ObjectMap) -> None:
+def _write(setup: "Setup", seen: Seen, drawn: ObjectMap) -> None:
     folder = setup.folder / "validation"
     write(drawn.volume, folder / f"{seen.case.name}.nii.gz")
     names = {value: name for name, value in setup.plan.labels.foreground.items()}
@@ -168,7 +153,14 @@ def _write(setup: "Setup", seen: _Seen, drawn: ObjectMap) -> None:
         )
 
 
-def _summarize(setup: "Setup", outcome: "Outcome", rows: dict[str, Counts], score: float) -> dict[str, Any]:
+def _summarize(
+    setup: "Setup",
+    outcome: "Outcome",
+    rows: dict[str, Counts],
+    choice: Choice | None,
+    ranked: Ranking | None,
+    score: float,
+) -> dict[str, Any]:
     total = sum(rows.values(), Counts())
     return {
         "fold": setup.fold,
@@ -181,6 +173,8 @@ def _summarize(setup: "Setup", outcome: "Outcome", rows: dict[str, Counts], scor
         "objects": {name: each.to_dict() for name, each in rows.items()},
         "f1": round(total.f1, 5),
         "score": score,
+        **({} if choice is None else _chosen(choice)),
+        **({} if ranked is None else {"ranking": ranked.to_dict()}),
         "steps": outcome.progress.step,
         "training_seconds": round(outcome.progress.elapsed_seconds, 1),
         "ended": outcome.ended,
@@ -188,11 +182,25 @@ def _summarize(setup: "Setup", outcome: "Outcome", rows: dict[str, Counts], scor
     }
 
 
+def _chosen(choice: Choice) -> dict[str, Any]:
+    settings = choice.settings
+    return {
+        "cluster": settings.cluster,
+        "least_side": settings.least_side,
+        "mean_f1": round(choice.f1, 5),
+        "trials": list(choice.trials),
+    }
+
+
 def _draw_page(
-    setup: "Setup", outcome: "Outcome", result: dict[str, Any], counts: dict[float, Counts]
+    setup: "Setup",
+    outcome: "Outcome",
+    result: dict[str, Any],
+    choice: Choice | None,
+    ranked: Ranking | None,
 ) -> HtmlReport:
     facts = {
-        "F1 at IoU above 0.5": f"{result['f1']:.3f}" if counts else "-",
+        "F1 at IoU above 0.5": f"{result['f1']:.3f}" if choice else "-",
         "validation cases": str(len(setup.validation)),
         "steps": f"{outcome.progress.step:,}",
         "minutes": f"{outcome.progress.elapsed_seconds / 60:.1f}",
@@ -203,10 +211,9 @@ def _draw_page(
     history = outcome.progress.history
     epochs = [row["epoch"] for row in history]
     page.add_figure("Loss", curves({"loss": (epochs, [row["loss"] for row in history])}, "epoch", "loss"))
-    if counts:
-        lines = {"F1": ([*counts], [each.f1 for each in counts.values()])}
-        caption = f"Of whole held-out cases; {result['score']:g} is the least score that the bundle keeps."
-        page.add_figure("Least score", curves(lines, "least score", "F1"), caption)
+    if choice is not None and ranked is not None:
+        _add_choice(page, choice)
+        add_ranking(page, ranked)
     for name, row in result["objects"].items():
         page.add_facts(
             f"Objects of class {name}", {"found": row["tp"], "found besides": row["fp"], "missed": row["fn"]}
@@ -227,3 +234,16 @@ def _draw_page(
     )
     recipe = {k: v for k, v in setup.config.to_dict().items() if not isinstance(v, dict)}
     return page.add_facts("Recipe", recipe)
+
+
+def _add_choice(page: HtmlReport, choice: Choice) -> None:
+    scores, f1 = choice.curve
+    side, cluster = choice.settings.least_side, choice.settings.cluster
+    caption = (
+        "Of whole held-out cases, a mean over thresholds of IoU. The bundle keeps objects from "
+        f"{choice.score:g} on, of boxes with sides of at least {side:g} voxels, and takes boxes for one "
+        f"object from an IoU of {cluster:g} on: the best of {len(choice.trials)} settings that were tried."
+    )
+    page.add_figure(
+        "Least score", curves({"F1": (scores.tolist(), f1.tolist())}, "least score", "F1"), caption
+    )

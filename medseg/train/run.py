@@ -21,7 +21,8 @@ from medseg.bundle import Bundle, load_bundle, save_bundle
 from medseg.errors import ConfigError, DatasetError
 from medseg.files import check_writable
 from medseg.geometry.tiles import tile_slices
-from medseg.io import Case, Dataset, read
+from medseg.instances.scale import knows_spacing
+from medseg.io import Case, Dataset, read, read_image
 from medseg.nets import build_network
 from medseg.plan import Plan
 from medseg.preprocess import Store, build_store, preprocess_labels
@@ -294,6 +295,10 @@ def _finish(setup: Setup, outcome: loop.Outcome, store: Store, bundle: Path) -> 
         "precision": setup.config.precision,
         "mirroring": setup.config.final_mirroring,
     }
+    if setup.config.detector is not None and setup.config.detector.channels is not None:
+        card["channels"] = setup.config.detector.channels
+    if setup.settings.detection is not None:
+        card["pixels"] = not knows_spacing(read_image(setup.train[0]))
     save_bundle(
         bundle,
         setup.plan,

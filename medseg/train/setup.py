@@ -4,18 +4,21 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 import medseg
 from medseg.bundle import load_bundle
 from medseg.errors import ConfigError, DatasetError, PlanError, TrainingError
 from medseg.files import write_text
-from medseg.io import Case, Dataset, open_dataset
+from medseg.io import Case, Dataset, open_dataset, with_channels
 from medseg.plan import Configuration, Plan, choose_split, load_plan, make_plan
+from medseg.plan.detection import DetectorChoices
+from medseg.plan.detector import PLANNED
 from medseg.plan.objects import name_objects
 from medseg.train import loop
 from medseg.train.config import TrainConfig
@@ -63,7 +66,15 @@ class Setup:
         """Hash of what must not change between a run and its resumption."""
         config = self.config.model_dump(
             mode="json",
-            exclude={"threads", "loader_threads", "checkpoint_seconds", "tensorboard", "cache_gb"},
+            # what a detector's choices decide is in the plan, and in the cases
+            exclude={
+                "detector",
+                "threads",
+                "loader_threads",
+                "checkpoint_seconds",
+                "tensorboard",
+                "cache_gb",
+            },
         )
         cases = [[case.name for case in part] for part in (self.train, self.validation)]
         plan = self.plan.to_dict()
@@ -88,9 +99,11 @@ def decide(
     """Settle everything about a run without touching the disk; parameters as in :func:`fit`."""
     if not isinstance(dataset, Dataset):
         dataset = open_dataset(dataset)
+    choices = PLANNED
     if task == "detection":
-        dataset = name_objects(dataset)
-    chosen = _choose_plan(dataset, Path(out), plan, preset, task, configuration)
+        choices = load_recipe(recipe or DETECTION_RECIPES["cpu"], overrides).detector or PLANNED
+        dataset = _choose_cases(name_objects(dataset), choices)
+    chosen = _choose_plan(dataset, Path(out), plan, preset, task, configuration, choices)
     _check_plan(chosen, dataset)
     train, validation = _split(dataset, fold, splits)
     name = configuration or chosen.default_configuration
@@ -122,7 +135,8 @@ def describe(dataset: Dataset | PathLike, out: PathLike, **choices: Any) -> dict
         "dataset": str(setup.dataset.root),
         "run": str(setup.run),
         "preset": setup.plan.preset,
-        "recipe": recipe_of(setup.plan, "segment" if settings.detection is None else "detection"),
+        "recipe": choices.get("recipe")
+        or recipe_of(setup.plan, "segment" if settings.detection is None else "detection"),
         "configuration": setup.configuration,
         "network": settings.architecture.network,
         **_describe_detection(settings),
@@ -212,6 +226,7 @@ def _choose_plan(
     preset: str | None,
     task: Task,
     configuration: str | None,
+    choices: DetectorChoices,
 ) -> Plan:
     existing = run / "plan.yaml"
     if plan is not None and preset is not None:
@@ -226,8 +241,35 @@ def _choose_plan(
     if task == "detection":
         from medseg.plan.detector import plan_detection
 
-        return plan_detection(dataset, preset, configuration)
+        return plan_detection(dataset, preset, configuration, choices=choices)
     return make_plan(dataset, preset)
+
+
+def _choose_cases(dataset: Dataset, choices: DetectorChoices) -> Dataset:
+    """Return a dataset without the cases that are held out, its images with the channels that are wanted."""
+    if choices.channels is not None:
+        dataset = with_channels(dataset, choices.channels)
+    if not choices.hold_out:
+        return dataset
+    labelled = [case for case in dataset.training if case.label is not None]
+    kept, _ = hold_out(labelled, choices.hold_out, choices.hold_out_seed)
+    return replace(dataset, training=kept)
+
+
+def hold_out(cases: Sequence[Case], count: int, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """Return cases to train on, and `count` that a seed draws to be measured, both sorted by name.
+
+    Raises
+    ------
+    DatasetError
+        Nothing is left to train on.
+    """
+    ordered = sorted(cases, key=lambda case: case.name)
+    if count >= len(ordered):
+        raise DatasetError(f"hold_out {count}: there are {len(ordered)} cases. Hold fewer out.")
+    chosen = set(np.random.default_rng(seed).permutation(len(ordered))[:count].tolist())
+    held = tuple(case for n, case in enumerate(ordered) if n in chosen)
+    return tuple(case for n, case in enumerate(ordered) if n not in chosen), held
 
 
 def _check_task(plan: Plan, configuration: str, task: Task) -> None:

@@ -63,7 +63,8 @@ def draw_cells(shape: tuple[int, ...], config: SyntheticConfig, rng: np.random.G
     mean = float(np.exp(rng.uniform(np.log(low), np.log(high))))
     content = (np.pi / 4 if n == 2 else np.pi / 6) * mean**n
     margin = 0.5 * mean
-    count = max(1, round(rng.uniform(*config.crowd) * float(np.prod(np.array(shape) + 2 * margin)) / content))
+    crowd = float(np.exp(rng.uniform(*np.log(config.crowd))))
+    count = max(1, round(crowd * float(np.prod(np.array(shape) + 2 * margin)) / content))
     wobble = [smooth_noise(shape, max(1.5, 0.2 * mean), rng) for _ in range(2)]
     strength = float(rng.uniform(0, 0.12))
     elongation = float(np.exp(rng.uniform(0, np.log(config.elongation))))
@@ -139,7 +140,7 @@ def paint_cells(labels: IntArray, config: SyntheticConfig, rng: np.random.Genera
     """Return an image of a scene, float32, about 0 to 1: fluorescence of a random kind."""
     shape = labels.shape
     count = int(labels.max())
-    brightness = rng.uniform(rng.uniform(0.25, 0.9), 1.0, count + 1)
+    brightness = rng.uniform(rng.uniform(0.15, 0.9), 1.0, count + 1)
     brightness[0] = 0.0
     inside = brightness[labels].astype(np.float32)
     cells = inside > 0

@@ -19,7 +19,8 @@ from medseg.instances.centre_model import (
 )
 from medseg.instances.centre_targets import make_targets
 from medseg.instances.diameter import estimate_diameter
-from medseg.instances.rescale import Grid, labels_to_grid, normalise, read_slab, set_channels, to_grid
+from medseg.instances.rescale import Grid, labels_to_grid, normalise, read_slab, to_grid
+from medseg.io.channels import set_channels
 from tests.instances.test_centres import cells, same_partition
 
 SETTINGS = CentreSettings(object_voxels=10.0)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medseg.geometry.boxes import label_boxes
 from medseg.geometry.tiles import tile_slices
-from medseg.instances.detect import Found, coverage, find_objects, move_mask, place_weight
+from medseg.instances.detect import Found, coverage, find_objects, move_masks, place_weight
 from medseg.instances.paste import paste_masks
-from medseg.nets.boxes import clip_boxes, label_boxes
+from medseg.nets.boxes import clip_boxes
 from medseg.nets.maskrcnn import Detections, MaskRCNN, class_of
 from medseg.nets.roi_align import crop_masks
 from medseg.plan.detection import FindSettings
@@ -133,6 +134,7 @@ def test_boxes_in_the_middle_of_a_tile_weigh_most() -> None:
 def test_a_mask_moved_to_another_box_stays_where_it_is_in_the_image() -> None:
     mask = torch.zeros(8, 8)
     mask[:, 4:] = 1
-    assert torch.equal(move_mask(mask, torch.tensor([0.0, 0, 8, 8]), torch.tensor([0.0, 0, 8, 8])), mask)
-    moved = move_mask(mask, torch.tensor([0.0, 0, 8, 8]), torch.tensor([0.0, 4, 8, 12]))
+    boxes = torch.tensor([[0.0, 0, 8, 8]] * 2)
+    same, moved = move_masks(mask.expand(2, 8, 8), boxes, torch.tensor([[0.0, 0, 8, 8], [0.0, 4, 8, 12]]))
+    assert torch.equal(same, mask)
     assert moved[4].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]

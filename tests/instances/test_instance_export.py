@@ -20,14 +20,18 @@ from medseg.instances.export import (
     write_geojson,
     write_label_map,
     write_overlay,
+    write_panoptic_overlay,
     write_qc,
     write_rois,
     write_table,
 )
 from medseg.instances.export.overlay import draw_outlines
+from medseg.instances.panoptic import merge_dense, panoptic_of
 from medseg.instances.schema import Instances, instances_of
 from medseg.instances.table import BASIC, measure_objects
 from medseg.io import read
+from medseg.labels import PanopticLabels
+from medseg.metrics.report import PALETTE
 from medseg.volume import Geometry, Volume
 from tests.instances.shapes import OBLIQUE, objects, scattered
 
@@ -231,6 +235,30 @@ def test_an_overlay_is_drawn_of_every_image(shape: tuple[int, int, int], kind: s
         assert picture.format == "PNG"
         coloured = np.ptp(np.asarray(picture).astype(int), axis=2).max() > 60
     assert coloured or kind == "empty"
+
+
+@pytest.mark.parametrize("shape", [(40, 30, 1), (30, 26, 20)])
+def test_things_and_stuff_are_painted_in_the_colours_of_the_legend(
+    shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    classes = PanopticLabels(labels={"liver": 3, "cyst": 5}, things=("cyst",))
+    semantic = np.full(shape, 3)
+    semantic[:12, :12] = 0
+    objects = np.zeros(shape, int)
+    objects[20:26, 15:22], semantic[20:26, 15:22] = 4, 5
+    grid = Volume(np.full(shape, 100, np.uint8), Geometry(shape, np.diag([1.0, 1.0, 2.0, 1.0])))
+    panoptic = panoptic_of(merge_dense(semantic, objects, classes), grid, classes)
+    first, second = [tuple(int(text[i : i + 2], 16) for i in (1, 3, 5)) for text in PALETTE[:2]]
+    for image in (None, grid):
+        write_panoptic_overlay(panoptic, image, tmp_path / "o.png", "a title")
+        with Image.open(tmp_path / "o.png") as picture:
+            pixels = np.asarray(picture)
+        legend = pixels[-28:]
+        for colour in (first, second):  # the thing has the first colour, then comes the stuff
+            assert (legend == colour).all(axis=2).any()
+        for colour, part in ((first, 0.45), (second, 0.28)):  # an image of one value is black
+            tinted = np.round(np.array(colour) * part).clip(1 if shape[2] > 1 else 0)
+            assert (pixels[:-28] == tinted).all(axis=2).any()
 
 
 def test_an_overlay_on_another_grid_is_refused(cells: Instances, tmp_path: Path) -> None:

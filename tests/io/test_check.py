@@ -458,3 +458,22 @@ def test_values_beyond_float32_count_as_infinite(raw) -> None:
     array[0, 0, 0, :2] = 1e300
     write(Volume(array, GRID), folder / "imagesTr" / "a_0000.nii.gz")
     assert ("error", "a", "not_finite") in codes(check_dataset(folder))
+
+
+def test_maps_of_classes_beside_objects_are_checked_in_place_of_their_numbers(tmp_path: Path) -> None:
+    objects = np.zeros(GRID.shape, np.uint16)
+    objects[1:3, 1:3, 1:3], objects[4:6, 1:3, 1:3] = 17, 300
+    classes = np.where(objects > 0, 2, 1).astype(np.uint8)
+    for name in "ab":
+        write(image(seed=ord(name)), tmp_path / "images" / f"{name}.nii.gz")
+        write(Volume(objects, GRID), tmp_path / "labels" / f"{name}.nii.gz")
+        write(Volume(classes, GRID), tmp_path / "semantic" / f"{name}.nii.gz")
+    described = {"channel_names": {"0": "MRI"}, "labels": {"organ": 1, "lesion": 2}, "things": ["lesion"]}
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    assert check_dataset(tmp_path) == []
+    write(Volume(np.ones_like(classes), GRID), tmp_path / "semantic" / "a.nii.gz")
+    (finding,) = check_dataset(tmp_path)
+    assert (finding.severity, finding.case, finding.code) == ("error", "a", "semantic")
+    assert "voxels of objects have no class of a thing" in finding.message
+    (tmp_path / "dataset.json").write_text(json.dumps(described | {"things": ["tumour"]}))
+    assert ("error", "", "semantic") in codes(check_dataset(tmp_path))

@@ -4,6 +4,7 @@ One peer a run, because their pins clash; torch comes from the constraints of th
 
     pip install -c constraints.txt --no-deps stardist csbdeep numba cellpose torchmetrics pycocotools ...
     python -m tests.metrics.make_instance_goldens stardist cellpose torchmetrics coco ctc
+    python -m tests.metrics.make_instance_goldens torchmetrics-panoptic
     pip install panoptica   # in an environment of its own
     python -m tests.metrics.make_instance_goldens panoptica
     pip download --no-deps --no-binary stardist --no-build-isolation stardist==0.9.2
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.metrics.object_maps import Maps, cases, digest, panoptic_classes, scores_of
+from tests.metrics.object_maps import Maps, cases, digest, panoptic_classes, panoptic_images, scores_of
 
 GOLDEN = Path(__file__).parent / "golden"
 TAUS = [0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
@@ -94,6 +95,32 @@ def torchmetrics(maps: dict[str, Maps]) -> dict[str, Any]:
             entry = {"classes": classes.squeeze(0).tolist(), "overall": overall.tolist()}
             images.setdefault(name, {})[ground] = entry
     return {"images": images}
+
+
+def torchmetrics_panoptic(maps: dict[str, Maps]) -> dict[str, Any]:
+    """PQ, SQ and RQ of panoptic maps over several images, the background as a class or as void."""
+    import torch
+    from torchmetrics.detection import PanopticQuality
+
+    sets: dict[str, Any] = {}
+    for name, images in panoptic_images().items():
+        for ground, stuff in (("class", {0, 1, 2}), ("void", {1, 2})):
+            keys = {"things": {3, 4}, "stuffs": stuff, "allow_unknown_preds_category": True}
+            metrics = [
+                PanopticQuality(**keys, return_sq_and_rq=True, return_per_class=each)
+                for each in (True, False)
+            ]
+            for reference, prediction in images:
+                truth, guess = (
+                    torch.from_numpy(np.stack(side, -1)[None].astype(np.int64))
+                    for side in (reference, prediction)
+                )
+                for metric in metrics:
+                    metric.update(guess, truth)
+            classes, overall = (metric.compute().squeeze(0).tolist() for metric in metrics)
+            sets.setdefault(name, {})[ground] = {"classes": classes, "overall": overall}
+        sets[name]["digests"] = [digest((*reference, *prediction)) for reference, prediction in images]
+    return {"sets": sets}
 
 
 def ctc(maps: dict[str, Maps]) -> dict[str, Any]:
@@ -192,6 +219,7 @@ PEERS: dict[str, tuple[Callable[[dict[str, Maps]], dict[str, Any]], tuple[str, .
     "cellpose": (cellpose, ("cellpose", "numpy", "scipy")),
     "panoptica": (panoptica, ("panoptica", "numpy")),
     "torchmetrics": (torchmetrics, ("torchmetrics", "torch", "numpy")),
+    "torchmetrics-panoptic": (torchmetrics_panoptic, ("torchmetrics", "torch", "numpy")),
     "coco": (coco, ("pycocotools", "numpy")),
     "ctc": (ctc, ("py-ctcmetrics", "numpy")),
 }
@@ -204,6 +232,9 @@ def main() -> None:
         return
     for peer in sys.argv[1:]:
         function, packages = PEERS[peer]
+        if function is torchmetrics_panoptic:  # which has maps of its own
+            write(peer, packages, function({}))
+            continue
         maps = cases()
         digests = {name: digest(pair) for name, pair in maps.items()}
         write(peer, packages, {"digests": digests, **function(maps)})

@@ -81,7 +81,7 @@ def cases() -> dict[str, Maps]:
     }
 
 
-def digest(maps: Maps) -> str:
+def digest(maps: tuple[np.ndarray, ...]) -> str:
     """Return a hash that changes when the maps do."""
     return hashlib.sha256(b"".join(np.ascontiguousarray(m, np.int32).tobytes() for m in maps)).hexdigest()[
         :16
@@ -92,6 +92,37 @@ def panoptic_classes(labels: np.ndarray, ground: str) -> np.ndarray:
     """Return the class of each voxel: things 1 and 2, every third object void (4), background 3 or void."""
     classes = np.where(labels % 3 == 0, 4, labels % 3)
     return np.where(labels == 0, 3 if ground == "stuff" else 4, classes)
+
+
+def panoptic_image(seed: int, shape: tuple[int, ...]) -> tuple[Maps, Maps]:
+    """Return classes and objects of a reference and of a bad prediction.
+
+    Classes: background 0, two organs 1 and 2, things 3 and 4, and in the reference 9, which is void.
+    """
+    rng = np.random.default_rng(seed)
+    objects, guessed = pair(seed, shape, 25, 4.0)
+    grid = np.indices(shape)
+    inside = sum(((x - n / 2) / (0.45 * n)) ** 2 for x, n in zip(grid, shape, strict=True)) < 1
+    organs = np.where(inside, 1 + (grid[0] > shape[0] // 2), 0)
+    semantic = np.where(objects > 0, 3 + objects % 2, organs)
+    kinds = {}
+    for label in np.unique(guessed[guessed > 0]):
+        votes = np.bincount(semantic[guessed == label], minlength=5)[3:5]
+        sure = votes.any() and rng.random() < 0.85
+        kinds[label] = 3 + int(votes.argmax()) if sure else int(rng.integers(3, 5))
+    table = np.array([kinds.get(label, 0) for label in range(guessed.max() + 1)])
+    found = np.where(guessed > 0, table[guessed], np.roll(organs, 2, -1))
+    void = tuple(slice(n // 2, 3 * n // 4) for n in shape)
+    semantic[void], objects[void] = 9, 0
+    return (semantic, objects), (found, guessed)
+
+
+def panoptic_images() -> dict[str, list[tuple[Maps, Maps]]]:
+    """Return sets of images whose counts are added up."""
+    return {
+        "2d": [panoptic_image(seed, (48 + seed, 56)) for seed in (11, 12, 13)],
+        "3d": [panoptic_image(seed, (16, 24, 20 + seed)) for seed in (1, 2)],
+    }
 
 
 def scores_of(labels: np.ndarray) -> np.ndarray:

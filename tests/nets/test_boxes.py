@@ -11,13 +11,13 @@ from monai.apps.detection.utils.box_coder import BoxCoder
 from monai.data import box_utils as monai_boxes
 from torch import Tensor
 
+from medseg.geometry.boxes import label_boxes
 from medseg.nets.boxes import (
     box_iou,
     clip_boxes,
     cluster_boxes,
     decode_boxes,
     encode_boxes,
-    label_boxes,
     nms,
     nms_per_class,
     paired_iou,

@@ -13,6 +13,7 @@ from medseg.nets.maskrcnn import (
     Detections,
     MaskRCNN,
     class_of,
+    convolve,
     landmark_loss,
     level_strides,
     list_objects,
@@ -211,3 +212,19 @@ def test_it_learns_four_images_by_heart(
         best = box_iou(objects.boxes, kept.boxes).max(1)
         assert best.values.min() > 0.8
         assert torch.equal(kept.classes[best.indices], objects.classes)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3), (3, 3, 3), (1, 4, 4)])
+def test_half_precision_learns_the_same_from_levels_of_any_depth(shape: tuple[int, ...]) -> None:
+    conv = torch.nn.Conv3d(16, 16, 3, padding=1)
+    generator = torch.Generator().manual_seed(0)
+    image, goal = (torch.randn((2, 16, *shape), generator=generator) for _ in range(2))
+    gradients = []
+    for half in (False, True):
+        conv.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = convolve(conv, image)
+        (out.float() * goal).sum().backward()
+        assert conv.weight.grad is not None
+        gradients.append(conv.weight.grad.clone())
+    assert (gradients[0] - gradients[1]).abs().max() < 0.05 * gradients[0].abs().max()

@@ -200,7 +200,7 @@ def test_a_patch_of_an_untouched_case_is_the_image_itself() -> None:
     case = make_case("a", image[None], labels.astype(np.int32), (1.0, 1.0), 10.0, config)
     assert case.step == pytest.approx([1, 1]) and len(case.middles) == len(np.unique(labels)) - 1
     middle = np.array([29.5, 31.5])
-    shown, objects = read_patch(case, middle, np.diag(case.step), (20, 24))
+    shown, objects, _ = read_patch(case, middle, np.diag(case.step), (20, 24))
     assert shown[0] == pytest.approx(case.image[0, 20:40, 20:44], abs=1e-5)
     assert (objects == case.labels[20:40, 20:44]).all()
 
@@ -210,7 +210,7 @@ def test_beyond_the_border_is_a_mirror_whose_objects_are_others() -> None:
     case = make_case(
         "a", image[None], labels.astype(np.int32), (1.0, 1.0), 10.0, CentreConfig(object_voxels=10.0)
     )
-    shown, objects = read_patch(case, np.array([-0.5, 35.5]), np.eye(2), (40, 72))
+    shown, objects, _ = read_patch(case, np.array([-0.5, 35.5]), np.eye(2), (40, 72))
     assert shown[0, :20] == pytest.approx(shown[0, :19:-1], abs=1e-5)
     assert ((objects[:20] > 0) == (objects[:19:-1] > 0)).all()
     assert not set(np.unique(objects[:20])[1:]) & set(np.unique(objects[20:])[1:])

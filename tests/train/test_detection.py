@@ -1,10 +1,12 @@
 """Detectors trained as a user starts them, on scenes of a few blobs."""
 
+import csv
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from medseg.bundle import load_bundle
@@ -12,12 +14,15 @@ from medseg.cli import app
 from medseg.errors import BundleError, ConfigError, PlanError
 from medseg.infer import Predictor
 from medseg.instances.detect import Detector
+from medseg.instances.scale import with_spacing
 from medseg.io import open_dataset, read, write
 from medseg.plan import Plan
+from medseg.plan.detection import DetectorChoices
 from medseg.plan.detector import plan_detection
 from medseg.preprocess import build_store
 from medseg.train import describe, fit
 from medseg.train.detection_report import Counts, count_matches
+from medseg.train.recipes import DETECTION_CPU
 from medseg.volume import Geometry, Volume
 from tests.nets.detection_scenes import blobs, tiny_architecture, tiny_detection
 from tests.phantoms import affine
@@ -71,7 +76,8 @@ def test_a_run_leaves_a_bundle_that_finds_objects_on_the_grid_of_the_image(dims:
     assert (result["steps"], result["validation_cases"]) == (6, 1)
     row = result["objects"]["blob"]
     assert row["tp"] + row["fn"] == 3
-    assert "Detector of" in (run / "fold_0" / "report.html").read_text()
+    page = (run / "fold_0" / "report.html").read_text()
+    assert "Detector of" in page
     (path,) = (run / "fold_0" / "validation").glob("*.nii.gz")
     image = read(dataset / "imagesTr" / path.name.replace(".nii.gz", "_0000.nii.gz"))
     assert read(path).geometry.matches(image.geometry)
@@ -86,6 +92,72 @@ def test_a_run_leaves_a_bundle_that_finds_objects_on_the_grid_of_the_image(dims:
     np.testing.assert_array_equal(found.volume.array, again.volume.array)
     with pytest.raises(BundleError, match="finds objects"):
         Predictor(bundle)
+    ranking = result["ranking"]
+    assert ranking["froc"]["objects"] == 3 and "Average precision of scored objects" in page
+    assert result["trials"] and {"cluster", "least_side"} <= set(result)
+    check_faces(dataset, run, path, tmp_path)
+
+
+def check_faces(dataset: Path, run: Path, predicted: Path, out: Path) -> None:
+    """Count by the bundle, and evaluate what it wrote and what the training wrote."""
+    image = dataset / "imagesTr" / predicted.name.replace(".nii.gz", "_0000.nii.gz")
+    told = CliRunner().invoke(app, ["count", str(image), "-o", str(out / "c"), "--model", str(run), "--json"])
+    assert told.exit_code == 0, told.output
+    (row,) = json.loads(told.stdout)["images"]
+    with (out / "c" / f"{predicted.name.replace('.nii.gz', '_0000')}_objects.csv").open() as lines:
+        scores = [float(each["score"]) for each in csv.DictReader(lines)]
+    assert len(scores) == row["objects"] and row["diameter"] is None
+    shown = CliRunner().invoke(
+        app, ["evaluate", str(predicted.parent), str(dataset / "labelsTr"), "--instances"]
+    )
+    assert shown.exit_code == 0 and "FROC" in shown.stdout
+    refused = CliRunner().invoke(
+        app, ["count", str(image), "-o", str(out / "d"), "--model", str(run), "--diameter", "9"]
+    )
+    assert isinstance(refused.exception, ConfigError) and "all sizes" in str(refused.exception)
+
+
+def test_pictures_in_grey_and_colour_are_read_alike_and_cases_held_out(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(7):
+        image, labels = blobs((48, 40), 4, rng)
+        grey = (40 * image[0].numpy() + 80).clip(0, 255).astype(np.uint8)
+        shown = np.stack([grey] * 3, -1) if number % 2 else grey
+        for folder, pixels in (("images", shown), ("labels", labels.numpy().astype(np.uint8))):
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "data" / folder / f"n{number}.png")
+    chosen = {
+        **{"preset": "cpu", "channels": 3, "hold_out": 2, "patch_size": [32, 32]},
+        **{"features": [8, 16, 16], "finest_stage": 1, "heads": {"mask_channels": 8, "width": 16}},
+        **{"proposals": {"candidates_test": 40, "proposals_test": 20}, "find": {"nms": 0.6}},
+    }
+    recipe = DETECTION_CPU.replace(detector=chosen, epochs=1, steps_per_epoch=2, precision="fp32")
+    recipe.save(tmp_path / "r.yaml")
+    words = ["train", str(tmp_path / "data"), "--task", "detection", "--recipe", str(tmp_path / "r.yaml")]
+    done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    seen = json.loads((tmp_path / "run" / "fold_0" / "run.json").read_text())
+    assert len(seen["train"]) + len(seen["val"]) == 5
+    bundle = load_bundle(tmp_path / "run")
+    assert bundle.plan.channels == ("red", "green", "blue") and bundle.card["pixels"]
+    settings = bundle.settings
+    assert settings.detection is not None and settings.patch_size == (32, 32)
+    assert (settings.detection.find.nms, settings.detection.heads.width) == (0.6, 16)
+    detector = Detector(bundle)
+    for name in ("n0", "n1"):
+        picture = read(tmp_path / "data" / "images" / f"{name}.png")
+        scaled = with_spacing(picture, (0.25,), "micron")
+        found = detector.find(scaled, 0.0).volume
+        assert found.geometry.matches(scaled.geometry)
+        np.testing.assert_array_equal(found.array, detector.find(picture, 0.0).volume.array)
+
+
+def test_a_recipe_that_does_not_fit_the_network_is_refused(tmp_path: Path) -> None:
+    dataset = open_dataset(make_dataset(tmp_path / "data", 2))
+    with pytest.raises(PlanError, match="multiples of"):
+        plan_detection(dataset, choices=DetectorChoices(preset="cpu", patch_size=(33, 32)))
+    with pytest.raises(PlanError, match="stages"):
+        plan_detection(dataset, choices=DetectorChoices(preset="cpu", features=(8,) * 9))
 
 
 def test_stopped_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> None:
@@ -124,7 +196,7 @@ def test_what_would_be_trained_is_told_and_plans_of_the_other_task_are_refused(t
     facts = describe(dataset, tmp_path / "run", preset="cpu", task="detection")
     assert facts["task"] == "detection" and facts["recipe"] == "detection-cpu"
     assert facts["objects"] == "values" and facts["configuration"] == "2d"
-    assert len(facts["anchors"]) == 9
+    assert len(facts["anchors"]) == 4  # two sides an axis on a CPU
     plan = small_plan(dataset, 2)
     with pytest.raises(PlanError, match="Pass --task detection"):
         describe(dataset, tmp_path / "run", plan=plan)
