@@ -35,7 +35,8 @@ from medseg.infer.runtime import choose_device, count_threads, torch_threads
 from medseg.instances.centre_model import Found
 from medseg.instances.channels import check_channels
 from medseg.instances.dropped import Dropped
-from medseg.instances.rescale import Grid, labels_to_grid, normalise, one_if_equal, set_channels, to_grid
+from medseg.instances.rescale import Grid, labels_to_grid, normalise, one_if_equal, to_grid
+from medseg.io.channels import set_channels
 from medseg.log import logger, progress
 from medseg.types import Array, BoolArray, FloatArray, IntArray, PathLike, Shape
 from medseg.volume import Volume
@@ -223,7 +224,7 @@ class InstanSeg:
             logger.warning("%s", notes[0])
         table = np.zeros(len(found.scores) + 1, np.int32)
         table[seen] = np.arange(1, len(seen) + 1)
-        return Found(table[labels], found.scores[seen - 1], None, 0, tuple(dropped), notes)
+        return Found(table[labels], found.scores[seen - 1], None, 0, tuple(dropped), notes=notes)
 
 
 def load_instanseg(
