@@ -23,6 +23,8 @@ from medseg.types import Array, PathLike
 from medseg.volume import Volume
 
 # What Segment Anything's authors use for photographs (``SamAutomaticMaskGenerator``): cells have clear edges.
+# It is slow: MobileSAM takes 92 CPU seconds for 256 x 256 pixels with 65 nuclei, and finds 43 of them and 10
+# that are none; with an input of 512 pixels it takes 26 seconds, and finds 33 and 29.
 PICTURE = AutomaticConfig(
     points=32, batch=64, least_iou=0.88, least_stability=0.95, least_slices=1, most=1_000_000, size=1024
 )
