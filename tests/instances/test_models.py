@@ -8,7 +8,7 @@ from PIL import Image
 
 from medseg.errors import BundleError, ConfigError
 from medseg.instances.models import MODELS, ObjectModel, load_object_model
-from medseg.train.centre_config import SyntheticConfig, load_centre
+from medseg.train.centre_config import CentreConfig, SyntheticConfig, load_centre
 from medseg.train.centre_measure import count_matches
 from medseg.train.synthetic_cells import draw_cells, paint_cells
 
