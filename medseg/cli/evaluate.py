@@ -30,7 +30,10 @@ def evaluate(
     instances: Annotated[
         bool, typer.Option("--instances", help="Every value is one object: match and count them, 2D or 3D.")
     ] = False,
-    iou: Annotated[float, typer.Option(help="With --instances: IoU from which on an object is found.")] = 0.5,
+    iou: Annotated[
+        float | None,
+        typer.Option(help="With --instances: IoU from which on an object is found.", show_default="0.5"),
+    ] = None,
     panoptic: Annotated[
         bool, typer.Option("--panoptic", help="Folders of medseg panoptic, or data sets with semantic/.")
     ] = False,
@@ -63,14 +66,19 @@ def evaluate(
     if panoptic or background_is_void:
         from medseg.cli.evaluate_panoptic import evaluate_maps
 
-        others = {"--instances": instances, "--html": html, "--labels": labels, "--images": images}
+        wrong = {"--instances": instances or None, "--html": html, "--labels": labels, "--images": images}
+        others = {**wrong, "--iou": iou, "--lesions": lesions}
         return evaluate_maps(predictions, references, json, csv, panoptic, background_is_void, others)
     if instances:
         from medseg.cli.evaluate_instances import evaluate_objects
 
-        return evaluate_objects(predictions, references, iou, json, html, csv, images, seed, labels, lesions)
-    if lesions is not None:
-        raise ConfigError("--lesions is for objects. Pass --instances too.")
+        least = 0.5 if iou is None else iou
+        return evaluate_objects(
+            predictions, references, least, json, html, csv, images, seed, labels, lesions
+        )
+    for name, value in (("--lesions", lesions), ("--iou", iou)):
+        if value is not None:
+            raise ConfigError(f"{name} is for objects. Pass --instances too, or leave it out.")
     result = metrics.evaluate(predictions, references, nsd_mm, _labels(labels), seed=seed)
     _show(result, json, html, csv, images)
 

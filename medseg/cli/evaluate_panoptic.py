@@ -23,7 +23,7 @@ def evaluate_maps(
 
     Parameters
     ----------
-    others : options that have no effect here, with their values
+    others : options that have no effect here, with their values, None where they were not given
 
     Raises
     ------
@@ -38,7 +38,7 @@ def evaluate_maps(
 
     if not panoptic:
         raise ConfigError("--background-is-void belongs to --panoptic. Add that, or leave it out.")
-    wrong = next((name for name, value in others.items() if value), None)
+    wrong = next((name for name, value in others.items() if value is not None), None)
     if wrong:
         raise ConfigError(f"{wrong} does not go with --panoptic. Leave it out.")
     result = evaluate_panoptic(predictions, references, background_is_void)

@@ -68,6 +68,9 @@ def split(
     A mask is split where its objects narrow, each label of a label map by itself, a height map (probability,
     distance, intensity) where it has valleys.
     """
+    import numpy as np
+
+    from medseg.errors import ConfigError
     from medseg.files import check_distinct, check_writable
     from medseg.instances.split import split as split_objects
     from medseg.io import write
@@ -86,11 +89,18 @@ def split(
     if tuned is not None:
         settings = settings.replace(h=tuned.best.h, rel=tuned.best.rel)
     least = min_volume_mm3 * scale**array.ndim
+    unit = f"{_unit(volume)}{array.ndim}"
+    limit = f"--min-volume-mm3 {min_volume_mm3:g} is {least:g} {unit} here"
+    whole = array.size * float(np.prod(volume.spacing[: array.ndim]))
+    if least > whole:
+        raise ConfigError(f"{limit}, and the whole image has only {whole:g} {unit}. Give a smaller limit.")
     found = split_objects(array, volume.spacing[: array.ndim], method, settings, least, used)
     write(volume.with_array(_stored(found.labels).reshape(volume.shape)), out)
     facts = _facts(source, out, volume, kind, method, settings, found)
     if tuned is not None:
         facts["tuned"] = {"reference": str(tune), **_tuned_facts(tuned, depth_unit)}
+    if found.dropped and not found.count:
+        facts["notes"].append(f"every object was removed: {limit}. Give a smaller limit.")
     typer.echo(json_module.dumps(facts) if json else _readable(facts))
 
 
@@ -187,6 +197,10 @@ def _tuned_facts(tuned: "Tuned", depth_unit: float) -> dict[str, Any]:
     return {**chosen, "trials": [asdict(trial) for trial in tuned.trials]}
 
 
+def _unit(volume: "Volume") -> str:
+    return {"mm": "mm", "micron": "um"}[volume.geometry.unit]
+
+
 def _stored(labels: "Array") -> "Array":
     """Return labels in 16 bits where they fit, which every format of images holds."""
     import numpy as np
@@ -204,7 +218,7 @@ def _facts(
     from medseg.instances.split import BasinsConfig, depth_of
 
     ndim = 2 if volume.shape[2] == 1 else 3
-    unit = {"mm": "mm", "micron": "um"}[volume.geometry.unit]
+    unit = _unit(volume)
     values, counts = np.unique(found.sources, return_counts=True)
     resolved = settings.to_dict()
     if isinstance(settings, BasinsConfig) and kind == "label map":

@@ -40,7 +40,10 @@ def track(
         tuple[Path, Path] | None,
         typer.Option(metavar="BASELINE FOLLOW_UP", help="The two images, to register and to draw on."),
     ] = None,
-    register: Annotated[Register, typer.Option(help="How the images are registered.")] = Register.RIGID,
+    register: Annotated[
+        Register | None,
+        typer.Option(help="How the images are registered.", show_default="rigid, with --images"),
+    ] = None,
     organs: Annotated[
         Path | None, typer.Option(help="Label map of organs at baseline, for two targets an organ.")
     ] = None,
@@ -66,6 +69,8 @@ def track(
 ) -> None:
     """Find objects of BASELINE again in FOLLOW_UP: new, gone, merged, split, growth, RECIST 1.1.
 
+    What lies outside of the other map is called so, and is neither new nor gone.
+
     Writes events.csv, follow_up.json, follow_up.png and follow_up_labels.nii.gz, whose numbers are those of
     the baseline. With --cells any number of frames: tracks.csv, and a label map of each frame.
     """
@@ -76,6 +81,10 @@ def track(
     if len(scans) < 2 or (len(scans) > 2 and not cells):
         expected = "two or more frames" if cells else "a baseline and a follow-up (--cells takes more)"
         raise ConfigError(f"{len(scans)} label maps: expected {expected}.")
+    if cells:
+        _refuse(images=images, register=register, organs=organs, days=days, smallest_sum=smallest_sum)
+    elif register not in (None, Register.NONE) and images is None:
+        raise ConfigError(f"--register {register} needs the images. Give --images too, or leave it out.")
     check_writable(out, folder=True)
     results = (
         [_frame_file(out, n, path) for n, path in enumerate(scans)] if cells else [_label_file(out, scans)]
@@ -87,7 +96,7 @@ def track(
         frames = [read_instances(path, objects.value, pixel_size, measured=False) for path in scans]
         report = _cells(scans, frames, out, max_distance)
     else:
-        config = _config(register.value, max_distance, days, smallest_sum)
+        config = _config((register or Register.RIGID).value, max_distance, days, smallest_sum)
         both = [read_instances(path, objects.value, pixel_size) for path in scans]
         report = _lesions(scans, both, images, organs, out, config)
     lines = report.pop("lines")
@@ -96,6 +105,15 @@ def track(
         return
     for line in lines:
         typer.echo(line)
+
+
+def _refuse(**options: object) -> None:
+    """Refuse the options of lesions that were given with --cells."""
+    from medseg.errors import ConfigError
+
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} does not go with --cells. Leave it out.")
 
 
 def _suffix(scan: Path) -> str:
@@ -155,7 +173,7 @@ def _lines(found: "FollowUp", out: Path) -> list[str]:
     if found.response is not None and counts:
         r = found.response
         lines.append(
-            f"RECIST 1.1: {r.overall} (targets {r.target}, {r.baseline_sum:.1f} to {r.sum:.1f} mm; "
+            f"RECIST 1.1: {r.overall} (targets {r.target}, {r.baseline_sum:.1f} mm to {r.sum_in_words()}; "
             f"non-targets {r.non_target}; {len(r.new_lesions)} new)"
         )
         lines += [f"  {note}" for note in r.notes]

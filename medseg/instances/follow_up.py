@@ -11,6 +11,7 @@ from pydantic import Field
 
 from medseg.config import Config
 from medseg.errors import DataError
+from medseg.instances.field_of_view import mark_outside, require_overlap
 from medseg.instances.link import Event, LinkConfig, Links, centroids, group_events, link_objects
 from medseg.instances.recist import acquisition_axis
 from medseg.instances.register import register_images
@@ -63,7 +64,7 @@ class FollowUp:
         Every object is in exactly one.
     table : Table
         A row for each event, in the same order. Of several objects volumes and longest diameters are added
-        up, and the largest short axis is taken.
+        up, and the largest short axis is taken. What lies outside of an image has NaN on its side.
     transform : (4, 4) float64
         From world positions at baseline to those at follow-up.
     response : Response or None
@@ -126,14 +127,16 @@ def follow_up(
     Raises
     ------
     GeometryError
-        Grids or units do not fit, or the images cannot be registered on their grids.
+        Grids or units do not fit, the grids share no place, or the images cannot be registered on theirs.
     DataError
         The images cannot be registered.
     """
     config = config or FollowUpConfig()
     transform, registration = _transform(images, config)
     links = link_objects(baseline, later, transform, config.link)
-    events = _sorted(group_events(links, len(baseline), len(later)))
+    require_overlap(baseline.geometry, later.geometry, transform)
+    grouped = group_events(links, len(baseline), len(later))
+    events = _sorted(mark_outside(grouped, baseline, later, transform))
     before = measure_objects(baseline, regions=organs, region_titles=organ_names, config=_DIAMETERS)
     tables = (before, measure_objects(later, config=_DIAMETERS))
     distance = _distances(events, baseline, later, transform)
@@ -213,6 +216,10 @@ def _event_table(
         [[_largest(tables[n][f"recist_perp_{unit}"], side[n]) for n in range(2)] for side in sides]
     )
     long, short = long.reshape(-1, 2), short.reshape(-1, 2)
+    for n, kind in enumerate(("outside the baseline", "outside the follow-up")):
+        unseen = [event.kind == kind for event in events]
+        for values in (size, long, short):
+            values[unseen, n] = np.nan
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where((size > 0).all(axis=1), size[:, 1] / size[:, 0], np.nan)
         diameter = np.where((long > 0).all(axis=1), long[:, 1] / long[:, 0] - 1, np.nan)
@@ -250,13 +257,20 @@ def _response(
 ) -> Response:
     before, after = (_lesions(table, config.nodes) for table in tables)
     followed = [
-        Followed(before[label - 1], tuple(_as(after[k - 1], before[label - 1]) for k in event.second))
+        Followed(
+            before[label - 1],
+            tuple(_as(after[k - 1], before[label - 1]) for k in event.second),
+            event.kind != "outside the follow-up",
+        )
         for event in events
         for label in event.first
     ]
     new = [after[label - 1] for event in events if event.kind == "new" for label in event.second]
     thickness = grid.spacing[acquisition_axis(grid.affine)]
-    return assess_response(followed, new, thickness, config.smallest_sum, config.recist)
+    beyond = [
+        after[label - 1] for event in events if event.kind == "outside the baseline" for label in event.second
+    ]
+    return assess_response(followed, new, thickness, config.smallest_sum, config.recist, beyond)
 
 
 def _lesions(table: Table, nodes: tuple[str, ...]) -> list[Lesion]:

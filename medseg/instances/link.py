@@ -19,12 +19,30 @@ from medseg.errors import GeometryError
 from medseg.instances.schema import Instances
 from medseg.types import FloatArray, IntArray
 
-Kind = Literal["persistent", "new", "gone", "merged", "split", "regrouped"]
+Kind = Literal[
+    "persistent",
+    "new",
+    "gone",
+    "outside the follow-up",
+    "outside the baseline",
+    "merged",
+    "split",
+    "regrouped",
+]
 # A k-d tree of voxels and the object of each.
 Edge = tuple[Any, IntArray]
 # Voxels looked up at a time.
 _SLAB_VOXELS = 1 << 22
-KINDS: tuple[Kind, ...] = ("new", "gone", "merged", "split", "regrouped", "persistent")
+KINDS: tuple[Kind, ...] = (
+    "new",
+    "gone",
+    "outside the follow-up",
+    "outside the baseline",
+    "merged",
+    "split",
+    "regrouped",
+    "persistent",
+)
 
 
 class LinkConfig(Config):
@@ -71,7 +89,8 @@ class Event:
     Attributes
     ----------
     kind : one of :data:`KINDS`
-        ``regrouped`` is several objects that became several others with shared parts.
+        ``regrouped`` is several objects that became several others with shared parts. Which are outside,
+        :func:`medseg.instances.field_of_view.mark_outside` tells.
     first, second : tuple of int
         Labels in the first and in the second image.
     """

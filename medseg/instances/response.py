@@ -15,7 +15,7 @@ from pydantic import Field
 
 from medseg.config import Config
 
-Category = Literal["CR", "PR", "SD", "PD", "non-CR/non-PD", "none"]
+Category = Literal["CR", "PR", "SD", "PD", "non-CR/non-PD", "NE", "none"]
 
 
 class RecistConfig(Config):
@@ -70,15 +70,19 @@ class Lesion:
 
 @dataclass(frozen=True)
 class Followed:
-    """A baseline lesion and what is left of it: nothing, itself, its parts, or what it has merged into."""
+    """A baseline lesion and what is left of it: nothing, itself, its parts, or what it has merged into.
+
+    `seen` is False where the later image does not show the place of the lesion, or only a part of it.
+    """
 
     lesion: Lesion
     later: tuple[Lesion, ...] = ()
+    seen: bool = True
 
 
 @dataclass(frozen=True)
 class Target:
-    """A target lesion: diameters in mm at baseline and now."""
+    """A target lesion: diameters in mm at baseline and now; NaN where it is not seen now."""
 
     label: int
     organ: str
@@ -95,10 +99,12 @@ class Response:
     ----------
     targets : tuple of Target
     baseline_sum, smallest_sum, sum : float
-        Sums of diameters in mm: at baseline, the smallest of all times before, and now.
+        Sums of diameters in mm: at baseline, the smallest of all times before, and now; NaN where a target
+        is not seen now.
     change, change_from_smallest : float
-        Relative, NaN where a sum is 0.
+        Relative, NaN where a sum is 0 or not known.
     target, non_target, overall : Category
+        "NE" is not evaluable (4.4.2).
     new_lesions : tuple of int
         Labels of new lesions that count.
     notes : tuple of str
@@ -115,6 +121,10 @@ class Response:
     overall: Category
     new_lesions: tuple[int, ...] = ()
     notes: tuple[str, ...] = field(default=())
+
+    def sum_in_words(self) -> str:
+        """Return the sum now with its unit, or that it is not known."""
+        return "an unknown sum" if math.isnan(self.sum) else f"{self.sum:.1f} mm"
 
 
 def choose_targets(
@@ -157,6 +167,7 @@ def assess_response(
     thickness: float = 1.0,
     smallest_sum: float | None = None,
     config: RecistConfig | None = None,
+    beyond: Sequence[Lesion] = (),
 ) -> Response:
     """Assess the response between two times.
 
@@ -168,6 +179,7 @@ def assess_response(
     smallest_sum : float, optional
         The smallest sum of diameters (nadir) of examinations in between, mm.
     config : RecistConfig, optional
+    beyond : lesions where baseline shows nothing; a note says so, and they do not count as new
     """
     config = config or RecistConfig()
     labels = [lesion.label for lesion in choose_targets([e.lesion for e in lesions], thickness, config)]
@@ -176,6 +188,7 @@ def assess_response(
     first, now = sum(t.baseline for t in targets), sum(t.now for t in targets)
     nadir = first if smallest_sum is None else min(first, smallest_sum)
     target = _target_category(targets, first, nadir, now, config)
+    notes += _unseen_notes(lesions, labels, beyond)
     rest = [each for each in lesions if each.lesion.label not in labels]
     non_target = _non_target_category(rest, config)
     counted = [each for each in new if _counts_as_new(each, config)]
@@ -210,6 +223,9 @@ def _measure(followed: Sequence[Followed]) -> tuple[list[Target], list[str]]:
     targets, notes = [], []
     for each in followed:
         lesion = each.lesion
+        if not each.seen:
+            targets.append(Target(lesion.label, lesion.organ, lesion.node, lesion.diameter, math.nan))
+            continue
         parts = [part for part in each.later if part.label not in counted]
         counted |= {part.label for part in parts}
         if len(parts) < len(each.later):
@@ -222,14 +238,49 @@ def _measure(followed: Sequence[Followed]) -> tuple[list[Target], list[str]]:
 def _target_category(
     targets: Sequence[Target], first: float, nadir: float, now: float, config: RecistConfig
 ) -> Category:
-    """Apply section 4.3.1; progression goes before a response from baseline."""
+    """Apply section 4.3.1; progression goes before a response from baseline.
+
+    With a target that is not seen there is no response, unless the others alone are progression (4.4.2).
+    """
     if not targets:
         return "none"
+    if math.isnan(now):
+        least = sum(t.now for t in targets if not math.isnan(t.now))
+        return "PD" if _has_progressed(nadir, least, config) else "NE"
     if all(t.now < config.node_normal if t.node else t.now == 0 for t in targets):
         return "CR"
-    if now - nadir >= config.progressive_mm and now >= nadir * (1 + config.progressive):
+    if _has_progressed(nadir, now, config):
         return "PD"
     return "PR" if now <= first * (1 + config.partial) else "SD"
+
+
+def _has_progressed(nadir: float, now: float, config: RecistConfig) -> bool:
+    return now - nadir >= config.progressive_mm and now >= nadir * (1 + config.progressive)
+
+
+def _unseen_notes(lesions: Sequence[Followed], targets: Sequence[int], beyond: Sequence[Lesion]) -> list[str]:
+    """Say which lesions one of the images does not show, and what follows."""
+    notes = []
+    unseen = [each.lesion.label for each in lesions if not each.seen]
+    main = [label for label in unseen if label in targets]
+    rest = [label for label in unseen if label not in targets]
+    if main:
+        notes.append(
+            f"most of target {_named(main)} lies outside of the follow-up: the target response is not "
+            "evaluable (NE) unless the other targets alone are progression"
+        )
+    if rest:
+        notes.append(f"most of non-target {_named(rest)} lies outside of the follow-up and is not evaluated")
+    if beyond:
+        notes.append(
+            f"{_named([each.label for each in beyond])} of the follow-up: baseline does not show the place, "
+            "so not counted as new here; RECIST 1.1 (4.3.5) calls that progression, which is for a reader to say"
+        )
+    return notes
+
+
+def _named(labels: Sequence[int]) -> str:
+    return f"lesion{'' if len(labels) == 1 else 's'} {', '.join(map(str, labels))}"
 
 
 def _non_target_category(rest: Sequence[Followed], config: RecistConfig) -> Category:
@@ -237,9 +288,9 @@ def _non_target_category(rest: Sequence[Followed], config: RecistConfig) -> Cate
     if not rest:
         return "none"
     for each in rest:
-        if any(not part.node or part.short >= config.node_normal for part in each.later):
+        if each.seen and any(not part.node or part.short >= config.node_normal for part in each.later):
             return "non-CR/non-PD"
-    return "CR"
+    return "CR" if all(each.seen for each in rest) else "NE"
 
 
 def _counts_as_new(lesion: Lesion, config: RecistConfig) -> bool:
@@ -250,6 +301,6 @@ def _overall(target: Category, non_target: Category) -> Category:
     """Combine as in tables 1 and 2, where there is no new lesion."""
     if target == "none":
         return non_target
-    if target == "CR" and non_target == "non-CR/non-PD":
+    if target == "CR" and non_target in ("non-CR/non-PD", "NE"):
         return "PR"
     return target

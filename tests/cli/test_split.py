@@ -67,8 +67,17 @@ def test_depths_and_volumes_are_in_mm_in_a_microscope_too(tmp_path: Path) -> Non
     facts = facts_of(source, "-o", tmp_path / "o.tif", "--h-mm", "0.002")
     assert facts["settings"]["h"] == 2.0 and facts["objects"] == 2 and facts["unit"] == "um"
     assert facts_of(source, "-o", tmp_path / "o.tif", "--h-mm", "0.02")["objects"] == 1
-    few = facts_of(source, "-o", tmp_path / "o.tif", "--min-volume-mm3", "0.001")
-    assert few["objects"] == 0 and few["dropped"][0]["rule"] == "smaller than 1000 um2"
+    few = facts_of(source, "-o", tmp_path / "o.tif", "--min-volume-mm3", "0.0009")
+    assert few["objects"] == 0 and few["dropped"][0]["rule"] == "smaller than 900 um2"
+    assert few["notes"][-1].startswith("every object was removed: --min-volume-mm3 0.0009 is 900 um2 here")
+
+
+def test_a_smallest_volume_above_the_whole_image_is_refused_in_its_unit(tmp_path: Path) -> None:
+    source = saved(tmp_path / "cells.tif", PAIR.astype(np.uint8), 1.0, "micron")
+    error = run(source, "-o", tmp_path / "o.tif", "--min-volume-mm3", "5").exception
+    assert isinstance(error, ConfigError)
+    assert "--min-volume-mm3 5 is 5e+06 um2 here, and the whole image has only 960 um2" in str(error)
+    assert not (tmp_path / "o.tif").exists()
 
 
 def test_a_height_map_needs_a_depth_and_has_its_own_unit(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from medseg.cli import app
-from medseg.errors import ConfigError
+from medseg.errors import ConfigError, GeometryError
 from medseg.instances.export import write_label_map
 from medseg.io import read, write
-from medseg.volume import Volume
+from medseg.volume import Geometry, Volume
 from tests.instances.patients import body, lesions, rigid
 from tests.instances.test_follow_up import BASELINE, GRID, LATER
 from tests.instances.test_frames import frame
@@ -56,6 +56,59 @@ def test_track_registers_images_of_masks_and_says_it_in_words(tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     assert "2 objects, then 2: 2 persistent" in done.output
     assert "RECIST 1.1: SD" in done.output
+
+
+def cropped(path: Path, columns: slice, out: Path) -> Path:
+    volume = read(path)
+    start = np.eye(4)
+    start[0, 3] = columns.start or 0
+    part = volume.array[0, columns]
+    write(Volume(part, Geometry(part.shape, volume.geometry.affine @ start)), out)
+    return out
+
+
+def test_a_follow_up_that_shows_less_is_not_evaluable_and_says_why(
+    scans: tuple[Path, Path], tmp_path: Path
+) -> None:
+    half = cropped(scans[0], slice(0, 22), tmp_path / "half.nii.gz")
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["track", str(scans[0]), str(half), "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "5 objects, then 1: 4 outside the follow-up, 1 persistent" in done.output
+    assert "RECIST 1.1: NE (targets NE" in done.output and "not evaluable" in done.output
+    with open(out / "events.csv", newline="") as stream:
+        assert [row["event"] for row in csv.DictReader(stream)] == [
+            "persistent",
+            *["outside the follow-up"] * 4,
+        ]
+    response = json.loads((out / "follow_up.json").read_text())["response"]
+    assert response["sum"] is None and response["targets"][-1]["now"] is None
+
+
+def test_grids_that_do_not_overlap_are_refused(scans: tuple[Path, Path], tmp_path: Path) -> None:
+    volume = read(scans[1])
+    away = volume.geometry.affine.copy()
+    away[2, 3] += 5000
+    write(Volume(volume.array[0], Geometry(volume.shape, away)), tmp_path / "away.nii.gz")
+    words = ["track", str(scans[0]), str(tmp_path / "away.nii.gz"), "-o", str(tmp_path / "out")]
+    with pytest.raises(GeometryError, match=r"do not overlap.*--images"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--register", "rigid"], "--register rigid needs the images"),
+        (["--cells", "--days", "3"], "--days does not go with --cells"),
+    ],
+)
+def test_options_without_a_use_are_refused(
+    scans: tuple[Path, Path], tmp_path: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(
+            app, ["track", *map(str, scans), "-o", str(tmp_path / "out"), *words], catch_exceptions=False
+        )
 
 
 def test_track_follows_cells_over_frames(tmp_path: Path) -> None:

@@ -96,6 +96,38 @@ def test_merged_targets_count_the_whole_once() -> None:
     assert any("merged" in note for note in response.notes)
 
 
+def unseen(before: Lesion) -> Followed:
+    return Followed(before, seen=False)
+
+
+def test_a_target_that_is_not_seen_makes_the_response_not_evaluable() -> None:
+    response = assess_response([now(A, 10), unseen(B)], [])
+    assert (response.target, response.overall) == ("NE", "NE")
+    assert math.isnan(response.sum) and math.isnan(response.change)
+    assert any("target lesion 2 lies outside of the follow-up" in note for note in response.notes)
+    assert assess_response([now(A, 10), unseen(B)], [lesion(9, 12)]).overall == "PD", "a new lesion"
+
+
+def test_the_targets_that_are_seen_can_be_progression_alone() -> None:
+    assert assess_response([now(A, 120), unseen(B)], []).overall == "PD", "120 mm of 100"
+    assert assess_response([now(A, 119), unseen(B)], []).overall == "NE"
+
+
+def test_a_non_target_that_is_not_seen_holds_back_only_a_complete_response() -> None:
+    small = lesion(4, 8)
+    assert assess_response([now(A), unseen(small)], []).overall == "PR"
+    assert assess_response([now(A, 60), unseen(small)], []).overall == "SD"
+    assert assess_response([unseen(small)], []).overall == "NE"
+    beside = assess_response([now(A, 60), unseen(small), now(lesion(5, 7), 7)], [])
+    assert (beside.non_target, beside.overall) == ("non-CR/non-PD", "SD")
+
+
+def test_a_lesion_where_baseline_shows_nothing_is_named_and_not_counted() -> None:
+    response = assess_response([now(A, 60)], [], beyond=[lesion(7, 20)])
+    assert (response.overall, response.new_lesions) == ("SD", ())
+    assert any("lesion 7" in note and "4.3.5" in note for note in response.notes)
+
+
 def test_nothing_at_all_has_no_category() -> None:
     nothing = assess_response([], [])
     assert nothing.overall == "none"

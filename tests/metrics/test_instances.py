@@ -195,3 +195,19 @@ def test_numbers_do_not_depend_on_which_image_comes_first() -> None:
     )
     assert one == pytest.approx(other, nan_ok=True)
     assert not any(math.isnan(v) for v in one.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--iou", "0.5"], "--iou is for objects"),
+        (["--panoptic", "--iou", "0.5"], "--iou does not go with --panoptic"),
+    ],
+)
+def test_the_iou_of_objects_is_refused_where_none_are_matched(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    from medseg.cli import app
+
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path), str(tmp_path), *words])
+    assert isinstance(done.exception, ConfigError) and message in str(done.exception)

@@ -31,6 +31,8 @@ _GROUND, _INK, _MUTED = (17, 21, 27), (242, 245, 248), (154, 167, 181)
 _COLOURS = {
     "new": (255, 107, 107),
     "gone": (154, 167, 181),
+    "outside the follow-up": (110, 168, 254),
+    "outside the baseline": (110, 168, 254),
     "merged": (255, 178, 77),
     "split": (201, 140, 255),
     "regrouped": (255, 240, 120),
@@ -89,6 +91,11 @@ def _response(found: FollowUp) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """Return a value with null where a number is not known, also inside of tuples and dictionaries."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -132,7 +139,7 @@ def _weight(found: FollowUp, number: int) -> tuple[int, float]:
     """Return what sorts events: new and gone first, then by how much they changed."""
     event = found.events[number]
     change = next(column for name, column in found.table.columns.items() if name.startswith("change_"))
-    return KINDS.index(event.kind), -abs(float(change[number]))
+    return KINDS.index(event.kind), -abs(float(np.nan_to_num(change[number])))
 
 
 def _headline(found: FollowUp, shown: int) -> list[str]:
@@ -143,7 +150,7 @@ def _headline(found: FollowUp, shown: int) -> list[str]:
     if response is None:
         return lines
     change = "" if math.isnan(response.change) else f" ({response.change:+.0%})"
-    sums = f"{response.baseline_sum:.1f} mm to {response.sum:.1f} mm{change}"
+    sums = f"{response.baseline_sum:.1f} mm to {response.sum_in_words()}{change}"
     lines.append(
         f"RECIST 1.1: {response.overall}  ·  targets {response.target}, {sums}  ·  "
         f"non-targets {response.non_target}  ·  {len(response.new_lesions)} new"
@@ -161,11 +168,15 @@ def _words(found: FollowUp, number: int) -> list[tuple[str, tuple[int, int, int]
     long = [float(v) for name, v in row.items() if name.startswith(("baseline_long", "follow_up_long"))]
     labels = [" ".join(map(str, side)) or "–" for side in (event.first, event.second)]
     lines = [(event.kind, _COLOURS[event.kind]), (f"{labels[0]}  →  {labels[1]}", _INK)]
-    lines.append((f"{size[0]:,.0f} → {size[1]:,.0f} {unit}{power}", _INK))
+    lines.append((f"{_number(size[0], 0)} → {_number(size[1], 0)} {unit}{power}", _INK))
     if size[0] > 0 and size[1] > 0:
         lines.append((f"{size[1] / size[0] - 1:+.0%}", _INK))
-    lines.append((f"longest {long[0]:.1f} → {long[1]:.1f} {unit}", _MUTED))
+    lines.append((f"longest {_number(long[0], 1)} → {_number(long[1], 1)} {unit}", _MUTED))
     return lines
+
+
+def _number(value: float, digits: int) -> str:
+    return "?" if math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def _panels(found: FollowUp, event: Event, images: tuple[Volume, Volume] | None) -> tuple[IntArray, IntArray]:
