@@ -274,7 +274,7 @@ def _unseen_notes(lesions: Sequence[Followed], targets: Sequence[int], beyond: S
     if beyond:
         notes.append(
             f"{_named([each.label for each in beyond])} of the follow-up: baseline does not show the place, "
-            "so not counted as new here; RECIST 1.1 (4.3.5) calls that progression, which is for a reader to say"
+            "so not counted as new here; RECIST 1.1 (4.3.5) calls that progression, for a reader to confirm"
         )
     return notes
 
