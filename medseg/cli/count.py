@@ -11,10 +11,13 @@ import typer
 from medseg.instances.finders import FILES, FINDERS, REFINERS
 
 if TYPE_CHECKING:
+    from medseg.errors import MedsegError, PartialFailure
     from medseg.instances.finders import Finder
     from medseg.instances.refine import Refiner
 
 FLAG = " "
+# Of failed images, so many are named; counts.csv has all.
+NAMED = 5
 
 
 class Export(StrEnum):
@@ -96,9 +99,9 @@ def count(
     alone = len(paths) == 1
     asked = _Asked(model, pixel_size, diameter, channel, regions, tuple(export or ()), threads, files, alone)
     refiner = None if refine is None else open_refiner(refine, threads, files)
-    rows, failures = _count_all(paths, out, asked, refiner)
+    rows, failures, first = _count_all(paths, out, asked, refiner)
     if rows:
-        write_summary(rows, out / "counts.csv")
+        write_summary(rows, out / "counts.csv", failures)
     if rows and len(paths) > 1:
         build_index(rows, failures).write(out / PAGE)
     if json:
@@ -108,7 +111,8 @@ def count(
             typer.echo(_line(row))
         if rows:
             typer.echo(f"Results: {out / PAGE}")
-    _settle(failures, len(paths))
+    if first is not None:
+        raise first if asked.alone else _failed(failures, len(paths))
 
 
 def _listed(images: list[Path], out: Path) -> list[Path]:
@@ -160,22 +164,31 @@ class _Asked:
 
 def _count_all(
     paths: list[Path], out: Path, asked: _Asked, refiner: "Refiner | None"
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Count image after image; one that fails does not stop the others."""
-    from medseg.errors import MedsegError
+) -> "tuple[list[dict[str, Any]], dict[str, str], MedsegError | None]":
+    """Count image after image; return results, why others failed, by name, and the first error.
+
+    One that fails does not stop the others.
+    """
+    from medseg.errors import Cancelled, MedsegError
     from medseg.log import progress
 
     loaded: dict[str, Finder] = {}
     rows: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
-    for path in progress(paths, "Counting"):
-        try:
-            rows.append(_count_one(path, out, asked, refiner, loaded))
-        except MedsegError as error:
-            if len(paths) == 1:
+    first: MedsegError | None = None
+    try:
+        for path in progress(paths, "Counting"):
+            try:
+                rows.append(_count_one(path, out, asked, refiner, loaded))
+            except Cancelled:
                 raise
-            failures[path.name] = str(error)
-    return rows, failures
+            except MedsegError as error:
+                failures[path.name] = str(error)
+                first = first or error
+    except Cancelled as error:
+        kept = f"Images already counted are in {out}; run" if rows else "Run"
+        raise Cancelled(f"Stopped on request. {kept} the same command again to count all anew.") from error
+    return rows, failures, first
 
 
 def _count_one(
@@ -188,22 +201,24 @@ def _count_one(
         count_objects,
         default_model,
         describe_counted,
+        naming,
+        read_beside,
         read_measured,
         write_counted,
     )
     from medseg.instances.finders import open_finder
-    from medseg.io import read
     from medseg.io.formats import stem_of
 
     volume = read_measured(path, asked.pixel_size)
     name = asked.model or default_model(volume)
     if name not in loaded:
         loaded[name] = open_finder(name, asked.threads, asked.weights)
-    regions = None if asked.regions is None else read(asked.regions)
+    regions = None if asked.regions is None else read_beside(asked.regions, asked.pixel_size)
     in_pixels = asked.pixel_size == PIXELS
-    found = count_objects(
-        volume, loaded[name], asked.diameter, regions, in_pixels, channel=asked.channel, refiner=refiner
-    )
+    with naming(path):
+        found = count_objects(
+            volume, loaded[name], asked.diameter, regions, in_pixels, channel=asked.channel, refiner=refiner
+        )
     page = PAGE if asked.alone else f"{stem_of(path)}_{PAGE}"
     files = write_counted(found, out, stem_of(path), path, [each.value for each in asked.export], page)
     return {"image": path.name} | describe_counted(found, files)
@@ -225,9 +240,12 @@ def _line(row: dict[str, Any]) -> str:
     return "\n  note: ".join([f"{row['image']}: {count}{median}{drawn}{left}", *row["notes"]])
 
 
-def _settle(failures: dict[str, str], count: int) -> None:
+def _failed(failures: dict[str, str], count: int) -> "PartialFailure":
+    """Return the error that names the images that failed, and says why the first did."""
     from medseg.errors import PartialFailure
 
-    if failures:
-        name, first = next(iter(failures.items()))
-        raise PartialFailure(f"{len(failures)} of {count} images failed. {name}: {first}")
+    name, why = next(iter(failures.items()))
+    more = f" and {len(failures) - NAMED} more" if len(failures) > NAMED else ""
+    named = ", ".join(list(failures)[:NAMED]) + more
+    said = why if name in why else f"{name}: {why}"
+    return PartialFailure(f"{len(failures)} of {count} images failed ({named}). {said}")

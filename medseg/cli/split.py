@@ -85,7 +85,7 @@ def split(
     depth_unit = scale if kind == "label map" else 1.0
     settings = _settings(method, h_mm, depth_unit, rel, floor, connectivity)
     used = threads or os.cpu_count() or 1
-    tuned = None if tune is None else _tune(volume, array, kind, tune, method, settings, used)
+    tuned = None if tune is None else _tune(volume, array, kind, tune, pixel_size, method, settings, used)
     if tuned is not None:
         settings = settings.replace(h=tuned.best.h, rel=tuned.best.rel)
     least = min_volume_mm3 * scale**array.ndim
@@ -161,6 +161,7 @@ def _tune(
     array: "Array",
     kind: str,
     path: Path,
+    pixel_size: str | None,
     method: str,
     settings: "Config",
     threads: int,
@@ -169,6 +170,7 @@ def _tune(
     import numpy as np
 
     from medseg.errors import ConfigError, GeometryError
+    from medseg.instances.count import read_beside
     from medseg.instances.split import BasinsConfig
     from medseg.instances.tune import tune
     from medseg.io.grids import grid_difference
@@ -180,7 +182,7 @@ def _tune(
         raise ConfigError("--tune chooses --h-mm and --rel. Leave them out.")
     if kind == "label map" and len(np.unique(array[array != 0])) > 1:
         raise ConfigError("--tune is for a mask or a height map, and INPUT has several labels. Give a mask.")
-    reference = load_label_map(path, str(path))
+    reference = load_label_map(read_beside(path, pixel_size), str(path))
     if reference.shape != volume.shape or not reference.geometry.matches(volume.geometry):
         what = grid_difference(volume.geometry, reference.geometry, "INPUT") or "its place differs"
         raise GeometryError(f"{path}: {what}. Give a label map of the same image.")

@@ -88,6 +88,8 @@ class Found:
         Most probable of background and stuff, everywhere; None from a network without stuff.
     notes : tuple of str
         What else a reader of the result should know.
+    source_ids : (K,) int64 or None
+        Their numbers in the label map that they were read from.
     """
 
     labels: IntArray
@@ -98,6 +100,7 @@ class Found:
     classes: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     areas: IntArray | None = None
     notes: tuple[str, ...] = ()
+    source_ids: IntArray | None = None
 
     def __post_init__(self) -> None:
         if not len(self.classes):

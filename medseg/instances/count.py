@@ -1,6 +1,9 @@
 """From an image to its objects, and from objects to a folder of results: what ``medseg count`` does."""
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from medseg import __version__
-from medseg.errors import ConfigError, GeometryError
+from medseg.errors import ConfigError, DataError, GeometryError
 from medseg.files import write_text
 from medseg.instances.channels import choose_channel
 from medseg.instances.count_page import build_page, size_column
@@ -27,7 +30,7 @@ from medseg.instances.schema import Instances, instances_of
 from medseg.instances.table import MeasureConfig, Table, check_regions, measure_objects, measure_regions
 from medseg.io import read
 from medseg.io.formats import suffix_of
-from medseg.io.grids import FLAT_NOTE
+from medseg.io.grids import FLAT_NOTE, NO_SCALE_NOTE
 from medseg.io.microscopy import UNKNOWN_SPACING_NOTE
 from medseg.types import PathLike
 from medseg.volume import Volume
@@ -82,13 +85,39 @@ def read_measured(path: PathLike, pixel_size: str | None) -> Volume:
     volume = read(path)
     if pixel_size == PIXELS:
         plain = not knows_spacing(volume) and volume.spacing[:2] == (1.0, 1.0)
-        return volume if plain else with_spacing(volume, (1.0,), "mm")
+        volume = volume if plain else with_spacing(volume, (1.0,), "mm")
+        return replace(volume, notes=tuple(dict.fromkeys((*volume.notes, NO_SCALE_NOTE))))
     if pixel_size is not None:
         return with_spacing(volume, *parse_spacing(pixel_size))
     try:
         return require_spacing(volume, Path(path).name)
     except GeometryError as error:
         raise GeometryError(f"{error} To measure in pixels: --pixel-size pixel.") from error
+
+
+def read_beside(path: PathLike, pixel_size: str | None) -> Volume:
+    """Read a file that lies on the grid of one that :func:`read_measured` read.
+
+    A size in a unit is given to it only where it does not know its own, so that a difference shows.
+
+    Raises
+    ------
+    GeometryError, ConfigError
+        As :func:`read_measured`.
+    """
+    volume = read(path)
+    return volume if pixel_size != PIXELS and knows_spacing(volume) else read_measured(path, pixel_size)
+
+
+@contextmanager
+def naming(path: PathLike) -> Iterator[None]:
+    """Say in an error about data or settings which file it is about, unless it does."""
+    try:
+        yield
+    except (DataError, ConfigError) as error:
+        if Path(path).name in str(error):
+            raise
+        raise type(error)(f"{Path(path).name}: {str(error).removeprefix('image: ')}") from error
 
 
 def default_model(volume: Volume) -> str:
@@ -148,6 +177,8 @@ def count_objects(
     labels = image.with_array(found.labels.reshape(1, *image.shape))
     names = model.class_names
     instances = instances_of(labels, found.classes, found.scores, names, found.dropped, provenance)
+    if found.source_ids is not None:
+        instances = replace(instances, source_ids=found.source_ids)
     table = measure_objects(instances, image, regions, config=config)
     areas = None if regions is None else measure_regions(instances, regions)
     if in_pixels:
@@ -167,6 +198,7 @@ def _refined(image: Volume, found: "Found", refiner: "Refiner", provenance: dict
         labels=result.labels,
         scores=found.scores[kept],
         classes=found.classes[kept],
+        source_ids=None if found.source_ids is None else found.source_ids[kept],
         dropped=(*found.dropped, *result.dropped),
     )
 
@@ -272,10 +304,16 @@ def describe_counted(counted: Counted, files: Mapping[str, Path]) -> dict[str, A
 
 def notes_of(image: Volume) -> list[str]:
     """Return what its reader had to assume; that a picture has no third axis is nothing new."""
-    return [note for note in image.notes if note not in (FLAT_NOTE, UNKNOWN_SPACING_NOTE)]
+    return [note for note in image.notes if note not in (FLAT_NOTE, NO_SCALE_NOTE, UNKNOWN_SPACING_NOTE)]
 
 
-def write_summary(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
-    """Write the counts of several images, a line each."""
-    lines = ["image,objects", *(f"{row['image']},{row['objects']}" for row in rows)]
-    write_text(path, "\n".join(lines) + "\n")
+def write_summary(
+    rows: Sequence[Mapping[str, Any]], path: PathLike, failures: Mapping[str, str] | None = None
+) -> None:
+    """Write the counts of several images, a line each; at the end those that failed, and why."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "objects", "error"))
+    writer.writerows((row["image"], row["objects"], "") for row in rows)
+    writer.writerows((name, "", error) for name, error in (failures or {}).items())
+    write_text(path, text.getvalue())

@@ -10,7 +10,7 @@ import numpy as np
 import medseg
 from medseg.instances.export.overlay import draw_views, read_thumbnail
 from medseg.instances.export.qc import describe_qc
-from medseg.io.grids import FLAT_NOTE
+from medseg.io.grids import FLAT_NOTE, NO_SCALE_NOTE
 from medseg.metrics.report import Cell, CellLike, HtmlReport, Picture, histogram
 from medseg.types import FloatArray
 
@@ -328,7 +328,7 @@ def _settings(counted: "Counted") -> dict[str, object]:
         shown["drawn anew"] = f"by {refined['network']}: {drawn}"
     if "notes" in facts:
         shown["notes on the objects"] = "; ".join(facts.pop("notes"))
-    notes = [note for note in counted.image.notes if note != FLAT_NOTE]
+    notes = [note for note in counted.image.notes if note not in (FLAT_NOTE, NO_SCALE_NOTE)]
     if notes:
         shown["notes on the image"] = "; ".join(notes)
     return {**shown, **facts, "medseg": version}

@@ -123,7 +123,7 @@ def _open_bundle(name: str, threads: int | None) -> Finder:
     from medseg.bundle import load_bundle
     from medseg.instances.models import find_model, open_object_model
 
-    bundle = load_bundle(find_model(name))
+    bundle = load_bundle(find_model(name, (*FINDERS, *FILES)))
     if bundle.settings.detection is None:
         return open_object_model(bundle, name, threads=threads)
     import torch

@@ -51,7 +51,8 @@ class LabelMap:
         if labels.shape != image.shape:
             raise GeometryError(f"{self.name}: {labels.shape} labels of an image {image.shape}.")
         found = instances_of(labels)
-        return Found(found.labels, np.full(len(found), np.nan, np.float32), diameter, 0, ())
+        scores = np.full(len(found), np.nan, np.float32)
+        return Found(found.labels, scores, diameter, 0, (), source_ids=found.source_ids)
 
 
 @dataclass(frozen=True, eq=False)

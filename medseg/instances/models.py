@@ -4,7 +4,7 @@
 ['nuclei2d', 'nuclei3d']
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -192,8 +192,8 @@ def load_object_model(
     return open_object_model(load_bundle(path), str(name), device, precision, threads)
 
 
-def find_model(name: PathLike) -> Path:
-    """Return the path of a shipped model, or the path that was given.
+def find_model(name: PathLike, known: Iterable[str] = FINDERS) -> Path:
+    """Return the path of a shipped model, or the path that was given; an error lists what is `known`.
 
     Raises
     ------
@@ -203,7 +203,7 @@ def find_model(name: PathLike) -> Path:
     if str(name) in MODELS:
         return Path(__file__).parent / "weights" / f"{name}.medseg"
     if not Path(name).exists():
-        raise BundleError(f"{name}: no such model. Use {', '.join(FINDERS)}, or the path of a bundle.")
+        raise BundleError(f"{name}: no such model. Use {', '.join(known)}, or the path of a bundle.")
     return Path(name)
 
 

@@ -1,8 +1,7 @@
 """From files to a panoptic map, and from it to a folder of results: what ``medseg panoptic`` does."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,11 @@ import numpy as np
 
 from medseg import __version__
 from medseg.config import Config
-from medseg.errors import ConfigError, GeometryError, MedsegError
+from medseg.errors import ConfigError, GeometryError
 from medseg.files import scratch_folder
 from medseg.instances.channels import choose_channel
-from medseg.instances.count import KEPT, PIXELS, in_pixel_units, read_measured
+from medseg.instances.count import KEPT, PIXELS, in_pixel_units, naming, read_measured
+from medseg.instances.dropped import Dropped
 from medseg.instances.export import write_csv, write_panoptic_overlay, write_qc
 from medseg.instances.export.label_map import smallest, write_label_map
 from medseg.instances.models import ObjectModel
@@ -121,10 +121,11 @@ def merge_files(
     volume = _read_map(semantic, pixel_size)
     known, scale, chosen = _plane(volume), _scale(volume), choice or SplitChoice()
     config, least = chosen.config(volume.geometry.unit), min_thing_mm3 * scale
-    with _named(semantic):
+    with naming(semantic):
         if objects is None:
             size = volume.spacing[: known.ndim]
             known, numbered, small = split_things(known, classes, size, chosen.method, config, least)
+            small = _with_unit(small, volume, pixel_size == PIXELS)
         else:
             given = _on_grid(_one_channel(read(objects), objects), volume, objects, semantic)
             numbered, small = _plane(given), ()
@@ -162,7 +163,7 @@ def add_things(
     """
     volume = _read_map(semantic, pixel_size)
     shown = _on_grid(read(image), volume, image, semantic)
-    with _named(semantic):
+    with naming(semantic):
         areas = known_classes(volume.array[0], classes)
     least, voxel, in_pixels = min_stuff_mm3 * _scale(volume), _voxel(volume), pixel_size == PIXELS
     if isinstance(model, ObjectModel):
@@ -226,15 +227,11 @@ def _values_by_name(
     return {int(labels[name]): classes.labels[name] for name in names}
 
 
-@contextmanager
-def _named(path: PathLike) -> Iterator[None]:
-    """Say in an error which file it is about, unless it does."""
-    try:
-        yield
-    except MedsegError as error:
-        if Path(path).name in str(error):
-            raise
-        raise type(error)(f"{Path(path).name}: {error}") from error
+def _with_unit(dropped: tuple[Dropped, ...], volume: Volume, in_pixels: bool) -> tuple[Dropped, ...]:
+    """Say the unit of the size below which objects were dropped."""
+    unit = "px" if in_pixels else {"mm": "mm", "micron": "um"}[volume.geometry.unit]
+    ndim = 2 if volume.shape[2] == 1 else 3
+    return tuple(replace(entry, rule=f"{entry.rule} {unit}{ndim}") for entry in dropped)
 
 
 def _read_map(path: PathLike, pixel_size: str | None) -> Volume:

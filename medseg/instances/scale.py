@@ -5,11 +5,11 @@ import re
 import numpy as np
 
 from medseg.errors import ConfigError, GeometryError
-from medseg.io.grids import FLAT_FACTOR, FLAT_NOTE
+from medseg.io.grids import FLAT_FACTOR, FLAT_NOTE, NO_SCALE_NOTE
 from medseg.io.microscopy import UNKNOWN_SPACING_NOTE, UNKNOWN_UNIT_NOTE
 from medseg.volume import Geometry, Unit, Volume
 
-_UNKNOWN = {UNKNOWN_SPACING_NOTE, UNKNOWN_UNIT_NOTE}
+_UNKNOWN = {NO_SCALE_NOTE, UNKNOWN_SPACING_NOTE, UNKNOWN_UNIT_NOTE}
 _NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 _SPACING = re.compile(rf"((?:{_NUMBER})(?:\s*x\s*(?:{_NUMBER})){{0,2}})\s*(mm|micron|microns|um|µm|μm)")
 
@@ -18,9 +18,9 @@ def knows_spacing(volume: Volume) -> bool:
     """Return whether the size of a pixel was read from the file.
 
     PNG, JPG and BMP have no such thing, and many a TIFF does not say, or says no unit: the readers then put
-    1, or mm.
+    1, or mm. A micrometre was read from somewhere.
     """
-    picture = FLAT_NOTE in volume.notes and volume.spacing[:2] == (1.0, 1.0)
+    picture = FLAT_NOTE in volume.notes and volume.spacing[:2] == (1.0, 1.0) and volume.geometry.unit == "mm"
     return not _UNKNOWN & set(volume.notes) and not picture
 
 

@@ -10,6 +10,8 @@ from medseg.volume import Geometry
 # every anisotropy rule sees it as the coarse axis (nnunetv2/imageio/simpleitk_reader_writer.py).
 FLAT_FACTOR = 999.0
 FLAT_NOTE = "2D image: the size of the third axis is nominal"
+# For an image that is measured in pixels, whatever its file says.
+NO_SCALE_NOTE = "the size of a voxel is left open: 1 stands for a pixel"
 # Two files of one case may differ by what exporters round: this part of a voxel, or of the spacing.
 GRID_TOLERANCE = 0.01
 SPACING_TOLERANCE = 1e-3

@@ -1,14 +1,16 @@
 """Multi-page TIFF with its many ways to tell a voxel size, and PNG, JPG and BMP as flat volumes."""
 
+import hashlib
 import json
 import re
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from medseg.errors import GeometryError, ReadError
-from medseg.io.grids import FLAT_FACTOR, FLAT_NOTE
+from medseg.io.grids import FLAT_FACTOR, FLAT_NOTE, NO_SCALE_NOTE
 from medseg.types import Array
 from medseg.volume import Geometry, Unit, Volume
 
@@ -66,7 +68,9 @@ def read_tiff(path: Path) -> Volume:
 
 
 def write_tiff(volume: Volume, path: Path) -> None:
-    """Write an OME-TIFF, compressed, with voxel size and unit.
+    """Write an OME-TIFF, compressed, with voxel size and unit; the same volume gives the same bytes.
+
+    What the volume's notes call unknown is not stated, nor is the nominal third size of a 2D image.
 
     Raises
     ------
@@ -77,18 +81,39 @@ def write_tiff(volume: Volume, path: Path) -> None:
 
     _require_plain(volume, path)
     array = _without_64_bits(volume.array, path)
-    unit = "µm" if volume.geometry.unit == "micron" else "mm"
-    x, y, z = volume.spacing
-    sizes: dict[str, Any] = {"PhysicalSizeX": x, "PhysicalSizeY": y, "PhysicalSizeZ": z}
-    units = {f"{key}Unit": unit for key in sizes}
+    pages = np.ascontiguousarray(array.transpose(0, 3, 2, 1))
+    sizes = _stated_sizes(volume)
     tifffile.imwrite(
         path,
-        np.ascontiguousarray(array.transpose(0, 3, 2, 1)),
+        pages,
         ome=True,
         photometric="minisblack",
         compression="zlib",
-        metadata={"axes": "CZYX", **sizes, **units},
+        metadata={"axes": "CZYX", "UUID": _content_uuid(pages, sizes), **sizes},
     )
+
+
+def _stated_sizes(volume: Volume) -> dict[str, Any]:
+    """Return OME's sizes and units, as far as they are known."""
+    x, y, z = volume.spacing
+    nominal = volume.shape[2] == 1 and bool(np.isclose(z, FLAT_FACTOR * max(x, y), rtol=PLAIN_TOLERANCE))
+    open_scale = {NO_SCALE_NOTE, UNKNOWN_SPACING_NOTE} & set(volume.notes)
+    if open_scale and (x, y) == (1.0, 1.0) and (nominal or z == 1.0):
+        return {}
+    unit = "µm" if volume.geometry.unit == "micron" else "mm"
+    if UNKNOWN_UNIT_NOTE in volume.notes:
+        unit = "pixel"  # without one, OME's is µm
+    sizes: dict[str, Any] = {"PhysicalSizeX": x, "PhysicalSizeY": y}
+    if not nominal:
+        sizes["PhysicalSizeZ"] = z
+    return sizes | {f"{key}Unit": unit for key in sizes}
+
+
+def _content_uuid(pages: Array, sizes: dict[str, Any]) -> str:
+    """Return a UUID that only the content decides: tifffile's own is another each time."""
+    digest = hashlib.sha256(repr((pages.shape, pages.dtype.str, sizes)).encode())
+    digest.update(pages.data)
+    return str(uuid.UUID(bytes=digest.digest()[:16], version=5))
 
 
 def read_picture(path: Path) -> Volume:

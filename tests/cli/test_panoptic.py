@@ -102,7 +102,7 @@ def test_things_are_split_where_no_objects_are_given(inputs: dict[str, Path]) ->
     facts = facts_of(*given(inputs, "--min-thing-mm3", 8 * 20, "--min-stuff-mm3", 8 * 5))
     assert facts["things"] == {"lesion": 1} and list(facts["stuff"]) == ["liver"]
     assert facts["dropped"] == [
-        {"rule": "smaller than 160", "count": 1, "voxels": 18},
+        {"rule": "smaller than 160 mm3", "count": 1, "voxels": 18},
         {"rule": "stuff spleen of less than 5 voxels", "count": 0, "voxels": 4},
     ]
     shown = run(*given(inputs, "--split", "basins", "--h-mm", "0.5"))

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from typer.testing import CliRunner, Result
 
 from medseg.cli import app
 from medseg.errors import ConfigError, DataError, GeometryError
+from medseg.instances.scale import knows_spacing
 from medseg.io import read, write
 from medseg.types import Array
 from medseg.volume import Geometry, Unit, Volume
@@ -166,6 +168,18 @@ def test_depths_can_be_tuned_by_a_reference(tmp_path: Path) -> None:
         assert facts["settings"]["h"] == best["h"] and facts["settings"]["rel"] == best["rel"]
     told = run(source, "-o", tmp_path / "o.nii.gz", "--tune", halves, "--method", "watershed").stdout
     assert "tuned: --h-mm " in told and "F1 1.000" in told
+
+
+def test_the_given_size_is_also_that_of_the_reference(tmp_path: Path) -> None:
+    source, reference = tmp_path / "mask.tif", tmp_path / "ref.tif"
+    for path in (source, reference):
+        tifffile.imwrite(path, PAIR.astype(np.uint8))
+    words = (source, "-o", tmp_path / "o.tif", "--pixel-size", "1 micron", "--tune")
+    assert facts_of(*words, reference)["tuned"]["f1"] == 1
+    after = read(tmp_path / "o.tif")
+    assert after.spacing[:2] == (1.0, 1.0) and after.geometry.unit == "micron" and knows_spacing(after)
+    other = saved(tmp_path / "other.tif", PAIR.T.astype(np.uint8), 2.0, "micron")
+    assert "spacing 2x2" in str(run(*words, other).exception)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,13 @@ from scipy import ndimage
 from typer.testing import CliRunner
 
 from medseg.cli import app
-from medseg.errors import DataError, GeometryError
+from medseg.errors import BundleError, Cancelled, DataError, GeometryError
 from medseg.instances.count import count_objects, default_model, read_measured
+from medseg.instances.finders import open_finder
 from medseg.instances.models import load_object_model
+from medseg.instances.scale import knows_spacing
+from medseg.io import read
+from medseg.log import Listener, listening
 from medseg.volume import Geometry, Volume
 
 MIDDLES = [(20, 20), (20, 60), (50, 34), (58, 90), (84, 16), (86, 60), (30, 100), (90, 98)]
@@ -79,9 +83,10 @@ def test_images_become_a_folder_of_results(tmp_path: Path) -> None:
             table = list(csv.DictReader(lines))
         assert len(table) == 8 and "area_px2" in table[0]
         labels = tifffile.imread(out / f"{name}_labels.tif")
+        assert not knows_spacing(read(out / f"{name}_labels.tif"))
         assert labels.shape == (110, 120) and len(np.unique(labels)) == 9
         assert (out / f"{name}_overlay.png").stat().st_size > 1000 and (out / f"{name}_rois.zip").exists()
-    assert (out / "counts.csv").read_text().splitlines()[1:] == ["a.png,8", "b.tif,8"]
+    assert (out / "counts.csv").read_text().splitlines()[1:] == ["a.png,8,", "b.tif,8,"]
     index = (out / "report.html").read_text()
     for name in ("a", "b"):
         assert f'href="./{name}_report.html"' in index
@@ -98,11 +103,96 @@ def test_a_size_that_no_file_tells_is_asked_for(tmp_path: Path) -> None:
 def test_one_bad_image_does_not_stop_the_others(tmp_path: Path) -> None:
     Image.fromarray(nuclei()).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
-    assert "1 of 2 images failed. b.png" in run(
-        tmp_path, "-o", tmp_path / "out", "--pixel-size", "1 micron", code=3
-    )
+    told = run(tmp_path, "-o", tmp_path / "out", "--pixel-size", "1 micron", code=3)
+    assert "1 of 2 images failed (b.png)" in told
     assert (tmp_path / "out" / "a_objects.csv").exists()
+    with (tmp_path / "out" / "counts.csv").open() as lines:
+        good, bad = csv.DictReader(lines)
+    assert (good["objects"], good["error"]) == ("8", "")
+    assert (bad["image"], bad["objects"]) == ("b.png", "") and bad["error"] in told
     assert "Images that were not counted" in (tmp_path / "out" / "report.html").read_text()
+
+
+def labelled(folder: Path) -> tuple[Path, Path]:
+    """Write a picture and its objects, numbered 7, 500 and 60000, without a scale."""
+    labels = np.zeros((110, 120), np.uint16)
+    labels[3:9, 4:8], labels[50:60, 70:90], labels[90:95, 5:25] = 500, 7, 60000
+    tifffile.imwrite(folder / "x.tif", nuclei())
+    tifffile.imwrite(folder / "gaps.tif", labels)
+    return folder / "x.tif", folder / "gaps.tif"
+
+
+def test_objects_of_a_file_keep_its_numbers_and_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
+    image, gaps = labelled(tmp_path)
+    for out in (tmp_path / "one", tmp_path / "two"):
+        run(image, "-o", out, "--model", f"labels:{gaps}", "--pixel-size", "pixel")
+    with (tmp_path / "one" / "x_objects.csv").open() as lines:
+        assert [row["source_id"] for row in csv.DictReader(lines)] == ["7", "500", "60000"]
+    first, again = (tmp_path / name / "x_labels.tif" for name in ("one", "two"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("size", ["2 micron", "pixel"])
+def test_the_given_size_is_also_that_of_the_regions(tmp_path: Path, size: str) -> None:
+    image, gaps = labelled(tmp_path)
+    words = (image, "-o", tmp_path / "out", "--model", f"labels:{gaps}", "--regions", gaps)
+    run(*words, "--pixel-size", size)
+    with (tmp_path / "out" / "x_regions.csv").open() as lines:
+        assert [row["object_count"] for row in csv.DictReader(lines)] == ["1", "1", "1"]
+    labels = read(tmp_path / "out" / "x_labels.tif")
+    assert labels.spacing[:2] == ((2.0, 2.0) if size != "pixel" else (1.0, 1.0))
+    assert knows_spacing(labels) == (size != "pixel")
+
+
+def test_regions_that_know_another_size_are_refused(tmp_path: Path) -> None:
+    image, gaps = labelled(tmp_path)
+    run(image, "-o", tmp_path / "out", "--model", f"labels:{gaps}", "--pixel-size", "1 micron")
+    words = (image, "-o", tmp_path / "b", "--regions", tmp_path / "out" / "x_labels.tif")
+    told = run(*words, "--model", f"labels:{gaps}", "--pixel-size", "2 micron", code=4)
+    assert "x.tif: regions: spacing 1x1" in told
+
+
+def test_all_that_failed_are_named_up_to_five(tmp_path: Path) -> None:
+    Image.fromarray(nuclei()).save(tmp_path / "a.png")
+    for number in range(7):
+        (tmp_path / f"bad{number}.png").write_bytes(b"no picture")
+    told = run(tmp_path, "-o", tmp_path / "out", "--pixel-size", "pixel", code=3)
+    assert "7 of 8 images failed (bad0.png, bad1.png, bad2.png, bad3.png, bad4.png and 2 more)" in told
+
+
+def test_a_single_image_that_fails_is_named_and_is_in_the_json(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "nan.tif", np.full((40, 40), np.nan, np.float32))
+    words = [
+        "count",
+        str(tmp_path / "nan.tif"),
+        "-o",
+        str(tmp_path / "out"),
+        "--pixel-size",
+        "pixel",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, DataError)
+    assert str(result.exception).startswith("nan.tif: holds NaN")
+    assert json.loads(result.stdout) == {"images": [], "failures": {"nan.tif": str(result.exception)}}
+
+
+def test_a_stopped_count_does_not_promise_to_continue(tmp_path: Path) -> None:
+    class Stop(Listener):
+        def cancelled(self) -> bool:
+            return True
+
+    image, gaps = labelled(tmp_path)
+    words = ["count", str(image), "-o", str(tmp_path / "out"), "--model", f"labels:{gaps}"]
+    with listening(Stop()):
+        found = CliRunner().invoke(app, [*words, "--pixel-size", "pixel"]).exception
+    assert isinstance(found, Cancelled) and "count all anew" in str(found)
+    assert "continue" not in str(found)
+
+
+def test_an_unknown_model_lists_files_too() -> None:
+    with pytest.raises(BundleError, match=r"no such model.*labels:FILE, cellpose:FILE, stardist:FOLDER, or"):
+        open_finder("nuclei9d")
 
 
 def test_a_volume_is_refused_by_a_model_for_pictures() -> None:

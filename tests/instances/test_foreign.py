@@ -19,6 +19,7 @@ def test_labels_of_a_file_are_numbered_without_gaps(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "masks.tif", labels)
     found = open_finder(f"labels:{tmp_path / 'masks.tif'}").find(volume(nuclei()))
     np.testing.assert_array_equal(found.labels, (labels == 7).T + 2 * (labels == 40).T.astype(np.int32))
+    assert found.source_ids is not None and found.source_ids.tolist() == [7, 40]
     assert np.isnan(found.scores).tolist() == [True, True]
     with pytest.raises(GeometryError, match="labels of an image"):
         open_finder(f"labels:{tmp_path / 'masks.tif'}").find(volume(nuclei()[:50]))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from medseg.errors import GeometryError, ReadError
 from medseg.io import read, write
+from medseg.io.microscopy import UNKNOWN_SPACING_NOTE, UNKNOWN_UNIT_NOTE
 from medseg.volume import Geometry, Volume
 
 STACK = np.arange(24, dtype=np.uint16).reshape(2, 3, 4)  # (z, y, x)
@@ -96,6 +97,43 @@ def test_a_tiff_keeps_size_unit_and_type_exactly(tmp_path: Path, dtype: str) -> 
     assert again.geometry == geometry
     assert again.array.dtype == np.dtype(dtype)
     np.testing.assert_array_equal(again.array, volume.array)
+
+
+def test_a_tiff_states_no_size_that_nobody_gave(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", STACK, photometric="minisblack")
+    write(read(tmp_path / "a.tif"), tmp_path / "b.tif")
+    again = read(tmp_path / "b.tif")
+    assert UNKNOWN_SPACING_NOTE in again.notes and again.spacing == (1.0, 1.0, 1.0)
+    flat = Volume(
+        np.zeros((4, 3, 1), np.uint8), Geometry((4, 3, 1), np.diag([0.5, 0.5, 499.5, 1.0]), "micron")
+    )
+    write(flat, tmp_path / "flat.tif")
+    with tifffile.TiffFile(tmp_path / "flat.tif") as tiff:
+        header = tiff.ome_metadata or ""
+    assert 'PhysicalSizeX="0.5"' in header and "PhysicalSizeZ" not in header
+    assert read(tmp_path / "flat.tif").geometry == flat.geometry
+    thick = Volume(flat.array, Geometry((4, 3, 1), np.diag([0.5, 0.5, 3.0, 1.0]), "micron"))
+    write(thick, tmp_path / "thick.tif")
+    assert read(tmp_path / "thick.tif").spacing == (0.5, 0.5, 3.0)
+
+
+def test_a_size_without_a_unit_stays_without(tmp_path: Path) -> None:
+    sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "pixel", "PhysicalSizeY": 0.5}
+    tifffile.imwrite(tmp_path / "a.tif", STACK[0], ome=True, metadata={"axes": "YX", **sizes})
+    first = read(tmp_path / "a.tif")
+    write(first, tmp_path / "b.tif")
+    again = read(tmp_path / "b.tif")
+    assert UNKNOWN_UNIT_NOTE in again.notes and again.geometry == first.geometry
+
+
+def test_the_same_volume_gives_the_same_bytes_and_another_another_uuid(tmp_path: Path) -> None:
+    volume = Volume(STACK.transpose(2, 1, 0), Geometry((4, 3, 2), np.eye(4), "micron"))
+    for name, each in (("a", volume), ("b", volume), ("c", volume.with_array(volume.array + 1))):
+        write(each, tmp_path / f"{name}.tif")
+    first, second, other = ((tmp_path / f"{name}.tif").read_bytes() for name in "abc")
+    assert first == second and b"UUID" in first
+    start = first.index(b"urn:uuid:")
+    assert first[start : start + 45] != other[start : start + 45]
 
 
 def test_64_bit_labels_are_stored_in_the_smallest_type_that_holds_them(tmp_path: Path) -> None:
