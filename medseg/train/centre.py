@@ -280,7 +280,7 @@ def open_scaled(case: Case) -> tuple[tuple[Array, IntArray, tuple[float, ...]], 
     pixels, objects = image.array.transpose(0, 3, 2, 1), labels.array[0].transpose(2, 1, 0)
     spacing, unit = image.spacing[::-1], scale_of(image)
     flat = pixels.shape[1] == 1
-    sizes = spacing[1:] if flat else spacing
+    sizes: tuple[float, ...] = spacing[1:] if flat else spacing
     if unit == "pixel":
         sizes = tuple(size / min(sizes) for size in sizes)
     return ((pixels[:, 0], objects[0], sizes) if flat else (pixels, objects, sizes)), unit

@@ -152,7 +152,8 @@ def test_pictures_without_a_scale_are_counted_with_the_diameter_in_pixels(
     mixed: Path, pictures: Path, tmp_path: Path
 ) -> None:
     settings = load_object_model(mixed, threads=1).settings
-    assert settings.diameter_unit == "pixel" and settings.diameter == pytest.approx(9.7, abs=1.5)
+    assert settings.diameter is not None and settings.diameter_unit == "pixel"
+    assert settings.diameter == pytest.approx(9.7, abs=1.5)
 
     def count(size: str) -> dict[str, Any]:
         words = ["count", pictures / "images" / "case_0.png", "--model", mixed, "--json", "-o", tmp_path]
