@@ -224,4 +224,5 @@ def _readable(facts: dict[str, Any], out: Path) -> str:
     for entry in facts["dropped"]:
         objects = f"{entry['count']} objects, " if entry["count"] else ""
         lines.append(f"  dropped: {entry['rule']} ({objects}{entry['voxels']} voxels)")
+    lines += [f"  note: {note}" for note in facts["notes"]]
     return "\n".join([*lines, f"Results: {out}"])

@@ -352,9 +352,17 @@ def _list_bundles(given: Any) -> tuple[Bundle, ...]:
             )
         if each.task != "segment":
             raise BundleError(
-                f"{each}: finds objects ({each.task}), not labels. Use it with medseg.instances.models."
+                f"{each}: finds objects ({each.task}), not labels. "
+                f"Use medseg {_command(each)} --model {each}."
             )
     return bundles
+
+
+def _command(bundle: Bundle) -> str:
+    """Return the command for a network of objects: panoptic, where it knows stuff as well."""
+    settings = bundle.card.get("settings", {})
+    stuff = settings.get("classes", 2) - 1 > len(settings.get("things", (1,)))
+    return "panoptic" if stuff else "count"
 
 
 def _check(bundles: Sequence[Bundle]) -> None:

@@ -20,6 +20,7 @@ from medseg.infer.sliding import Window
 from medseg.instances.centres import FAR, find_centres, group_votes
 from medseg.instances.dropped import Dropped
 from medseg.instances.rescale import Grid, normalise, one_if_equal, read_slab, to_grid
+from medseg.instances.scale import Scale
 from medseg.io.channels import set_channels
 from medseg.nets.centre_heads import CentreHeads
 from medseg.types import Array, FloatArray, IntArray, Shape
@@ -34,7 +35,8 @@ class CentreSettings(Config):
     Attributes
     ----------
     object_voxels : diameter of objects in the network's voxels
-    diameter : usual diameter of objects, physical, where images have a scale; None: it is estimated or given
+    diameter : usual diameter of objects; None: it is estimated or given
+    diameter_unit : of `diameter`, "pixel" where images had no scale; None: not kept, or they differ
     percentiles : of each channel, which become 0 and 1
     classes : semantic classes, background included
     things : classes whose objects are told apart; the others are areas
@@ -48,6 +50,7 @@ class CentreSettings(Config):
 
     object_voxels: float = Field(20.0, gt=0)
     diameter: float | None = Field(None, gt=0)
+    diameter_unit: Scale | None = None
     percentiles: tuple[float, float] = (0.1, 99.9)
     classes: int = Field(2, ge=2, le=255)
     things: tuple[int, ...] = (1,)

@@ -20,31 +20,38 @@ WINDOWS = 3
 # Ratio of found to assumed size that is good enough, and rounds to get there.
 CLOSE = 1.2
 ROUNDS = 3
+# In the image's finest voxels. Specks are no objects, and at their size an image would be enlarged so much
+# that finding them takes minutes.
+SMALLEST = 4.0
 
 
 def estimate_diameter(network: CentreNetwork, image: FloatArray, spacing: Sequence[float]) -> float | None:
-    """Return the usual diameter of objects, physical; None where nothing is found.
+    """Return the usual diameter of objects, physical, :data:`SMALLEST` at least; None: nothing is found.
 
     Parameters
     ----------
     image : (channel, *shape) float32
         Normalised.
     """
-    diameter = _first_guess(network, image, spacing)
+    least = SMALLEST * min(spacing)
+    diameter = _first_guess(network, image, spacing, least)
     for _ in range(ROUNDS if diameter is not None else 0):
         assert diameter is not None
         found = _look(network, image, spacing, diameter)
         if found is None:
             break
-        ratio = found[0] / diameter
-        diameter = found[0]
+        size = max(least, found[0])
+        ratio = size / diameter
+        diameter = size
         if 1 / CLOSE < ratio < CLOSE:
             break
     return diameter
 
 
-def _first_guess(network: CentreNetwork, image: FloatArray, spacing: Sequence[float]) -> float | None:
-    """Return what is found at the best of the candidates."""
+def _first_guess(
+    network: CentreNetwork, image: FloatArray, spacing: Sequence[float], least: float
+) -> float | None:
+    """Return what is found at the best of the candidates, `least` at least."""
     best: tuple[float, float] | None = None
     for assumed in CANDIDATES:
         diameter = assumed * min(spacing)
@@ -56,7 +63,7 @@ def _first_guess(network: CentreNetwork, image: FloatArray, spacing: Sequence[fl
         value = trust * float(np.exp(-abs(np.log(size / diameter))))
         if best is None or value > best[0]:
             best = (value, size)
-    return None if best is None else best[1]
+    return None if best is None else max(least, best[1])
 
 
 def _look(

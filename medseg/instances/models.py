@@ -24,6 +24,7 @@ from medseg.instances.centre_model import (
 from medseg.instances.channels import check_channels
 from medseg.instances.diameter import estimate_diameter
 from medseg.instances.finders import FINDERS
+from medseg.instances.scale import Scale, scale_of
 from medseg.labels import PanopticLabels
 from medseg.types import Array, PathLike
 from medseg.volume import Volume
@@ -40,6 +41,7 @@ UNKNOWN_DIAMETER = 24.0
 LARGEST = 5000.0
 # To which an image is enlarged at most, so that small objects have the size that the network knows.
 MOST_VOXELS = 1 << 30
+_IN_MM = {"mm": 1.0, "micron": 1e-3}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ class ObjectModel:
             )
         array = image.array[..., 0] if flat else image.array
         spacing = None if in_pixels else image.spacing[: array.ndim - 1]
-        return self.segment(array, spacing, diameter, channel_axis=0)
+        return self.segment(array, spacing, diameter, channel_axis=0, unit=scale_of(image))
 
     def segment(
         self,
@@ -107,6 +109,7 @@ class ObjectModel:
         spacing: Sequence[float] | None = None,
         diameter: float | None = None,
         channel_axis: int | None = None,
+        unit: Scale | None = None,
     ) -> Found:
         """Find the objects of an image.
 
@@ -121,6 +124,8 @@ class ObjectModel:
             image, which takes about as long again.
         channel_axis : int, optional
             Which axis holds channels, where that cannot be told.
+        unit : "pixel", "mm" or "micron", optional
+            Of `spacing`. If not given, that of the model's own diameter.
 
         Raises
         ------
@@ -138,18 +143,59 @@ class ObjectModel:
             raise ConfigError(f"spacing {size}: expected {n} numbers above 0, one an axis.")
         if not shown.size or shown.min() == shown.max():  # of one value: nothing is there to be seen
             return Found(np.zeros(shown.shape[1:], np.int32), np.zeros(0, np.float32), 0.0, 0, ())
-        if diameter is None and spacing is not None:
-            diameter = self.settings.diameter
+        notes: tuple[str, ...] = ()
+        if diameter is None:
+            diameter, notes = own_diameter(self.settings, spacing, unit)
         # Offsets are kept in 16 bits, which hold no image in nanometres. In units of about a voxel they do; a
         # power of two changes nothing but exponents.
-        unit = 2.0 ** round(float(np.log2(min(size))))
-        relative = tuple(s / unit for s in size)
+        power = 2.0 ** round(float(np.log2(min(size))))
+        relative = tuple(s / power for s in size)
         if diameter is None:
             diameter = estimate_diameter(self.network, shown, relative) or UNKNOWN_DIAMETER * min(relative)
-            diameter *= unit
+            diameter *= power
         _check_diameter(diameter, min(size))
         _check_enlarged(shown.shape[1:], size, diameter / self.settings.object_voxels)
-        return replace(self.network.find(shown, relative, diameter / unit), diameter=float(diameter))
+        found = self.network.find(shown, relative, diameter / power)
+        return replace(found, diameter=float(diameter), notes=(*found.notes, *notes))
+
+
+def own_diameter(
+    settings: CentreSettings, spacing: Sequence[float] | None, unit: Scale | None
+) -> tuple[float | None, tuple[str, ...]]:
+    """Return the diameter of a model's objects in an image, and what a reader of the result should know.
+
+    Parameters
+    ----------
+    spacing : of the image; None where it has no scale
+    unit : of `spacing`; None: that of the model's diameter
+
+    Returns
+    -------
+    diameter : float or None
+        In the unit of `spacing`, or in pixels without one. None: the model has none that fits the image.
+    notes : tuple of str
+
+    Examples
+    --------
+    >>> own_diameter(CentreSettings(diameter=0.01, diameter_unit="mm"), (0.5, 0.5), "micron")
+    (10.0, ())
+    """
+    stored, kept = settings.diameter, settings.diameter_unit
+    if stored is None or (kept is None and spacing is None):
+        return None, ()
+    if kept is None or (unit is None and spacing is not None):
+        return stored, ()
+    scaled = spacing is not None and unit != "pixel"
+    if kept == "pixel":
+        note = (
+            f"the model's objects measure {stored:.4g} pixels, and those of this image are taken to as well"
+        )
+        return stored * (1.0 if spacing is None else min(spacing)), (note,) if scaled else ()
+    if not scaled:
+        known = f"the model's objects measure {stored:.4g} {kept}, and the image has no scale"
+        return None, (f"{known}: their size was estimated. Give the size of a pixel, or --diameter.",)
+    assert unit is not None
+    return stored * _IN_MM[kept] / _IN_MM[unit], ()
 
 
 def _check_diameter(diameter: float, voxel: float) -> None:

@@ -181,7 +181,9 @@ def add_things(
         masks = [replace(mask, value=values[mask.value]) for mask in find_masks(model, seen)]
         merged = merge_masks(masks, areas, classes, model.score, min_stuff=least, voxel=voxel)
     name = model.name if isinstance(model, ObjectModel) else str(model.bundle)
-    provenance = {"medseg": __version__, "semantic": str(semantic), "model": name}
+    provenance: dict[str, Any] = {"medseg": __version__, "semantic": str(semantic), "model": name}
+    if isinstance(model, ObjectModel) and found.notes:
+        provenance["notes"] = list(found.notes)
     return _measured(panoptic_of(merged, volume, classes, provenance), shown, in_pixels)
 
 
@@ -210,7 +212,9 @@ def find_panoptic(
         )
     found = model.find(choose_channel(image, channel), diameter, in_pixels)
     merged = merge_found(found, classes, min_stuff_mm3 * _scale(image), _voxel(image))
-    provenance = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
+    provenance: dict[str, Any] = {"medseg": __version__, "model": model.name, "diameter": found.diameter}
+    if found.notes:
+        provenance["notes"] = list(found.notes)
     return _measured(panoptic_of(merged, image, classes, provenance), image, in_pixels)
 
 
@@ -336,5 +340,6 @@ def describe_panoptic(result: PanopticResult, files: Mapping[str, Path]) -> dict
         "objects": len(instances),
         "divisor": classes.divisor,
         "dropped": [{"rule": d.rule, "count": d.count, "voxels": d.voxels} for d in instances.dropped],
+        "notes": list(instances.provenance.get("notes", ())),
         "files": {kind: str(path) for kind, path in files.items()},
     }

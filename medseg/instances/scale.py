@@ -1,6 +1,7 @@
 """Whether an image tells the size of its pixels, and what to do where it does not: ask, never guess."""
 
 import re
+from typing import Literal
 
 import numpy as np
 
@@ -8,6 +9,9 @@ from medseg.errors import ConfigError, GeometryError
 from medseg.io.grids import FLAT_FACTOR, FLAT_NOTE, NO_SCALE_NOTE
 from medseg.io.microscopy import UNKNOWN_SPACING_NOTE, UNKNOWN_UNIT_NOTE
 from medseg.volume import Geometry, Unit, Volume
+
+Scale = Literal["pixel", "mm", "micron"]
+"""Unit of lengths in an image; "pixel" where the size of a pixel is not known."""
 
 _UNKNOWN = {NO_SCALE_NOTE, UNKNOWN_SPACING_NOTE, UNKNOWN_UNIT_NOTE}
 _NUMBER = r"\d+(?:\.\d*)?|\.\d+"
@@ -22,6 +26,11 @@ def knows_spacing(volume: Volume) -> bool:
     """
     picture = FLAT_NOTE in volume.notes and volume.spacing[:2] == (1.0, 1.0) and volume.geometry.unit == "mm"
     return not _UNKNOWN & set(volume.notes) and not picture
+
+
+def scale_of(volume: Volume) -> Scale:
+    """Return the unit of the size of a pixel, or "pixel" where that was not read from the file."""
+    return volume.geometry.unit if knows_spacing(volume) else "pixel"
 
 
 def require_spacing(volume: Volume, name: str) -> Volume:

@@ -22,6 +22,7 @@ from medseg.bundle import load_bundle, save_bundle
 from medseg.errors import ConfigError, DatasetError, TrainingError
 from medseg.files import check_writable, write_text
 from medseg.instances.centre_model import CentreSettings
+from medseg.instances.scale import Scale, scale_of
 from medseg.io import Case, Dataset, open_dataset, read_image, read_label
 from medseg.io.semantic import SemanticMaps, find_semantic_maps
 from medseg.labels import LabelSet, PanopticLabels
@@ -34,7 +35,13 @@ from medseg.train import loop, state
 from medseg.train.centre_config import CentreConfig, load_centre
 from medseg.train.centre_losses import centre_loss, count_overlap
 from medseg.train.centre_measure import Measured, measure_objects
-from medseg.train.centre_samples import CentreCase, CentreSampler, make_case, median_diameter
+from medseg.train.centre_samples import (
+    CentreCase,
+    CentreSampler,
+    count_channels,
+    make_case,
+    median_diameter,
+)
 from medseg.train.processes import claimed, launch
 from medseg.train.samples import PatchSource
 from medseg.train.setup import Fold
@@ -247,33 +254,44 @@ class Prepared:
     diameter: float | None
     train: PatchSource
     validation: PatchSource | None
+    unit: Scale | None = None
 
 
 def open_objects(case: Case) -> tuple[Array, IntArray, tuple[float, ...]]:
     """Return image (channel, *shape), label map and spacing, axes in reader order, (y, x) or (z, y, x).
+
+    Where the image has no scale, `spacing` is in its finest voxels.
 
     Raises
     ------
     DatasetError
         Image and label map have different shapes.
     """
+    return open_scaled(case)[0]
+
+
+def open_scaled(case: Case) -> tuple[tuple[Array, IntArray, tuple[float, ...]], Scale]:
+    """Return the parts of :func:`open_objects`, and the unit of the spacing."""
     image, labels = read_image(case), read_label(case)
     if image.shape != labels.shape:
         raise DatasetError(
             f"{case.name}: image {image.shape} and label map {labels.shape} differ. Export them again."
         )
     pixels, objects = image.array.transpose(0, 3, 2, 1), labels.array[0].transpose(2, 1, 0)
-    spacing = image.spacing[::-1]
-    if pixels.shape[1] == 1:
-        return pixels[:, 0], objects[0], spacing[1:]
-    return pixels, objects, spacing
+    spacing, unit = image.spacing[::-1], scale_of(image)
+    flat = pixels.shape[1] == 1
+    sizes: tuple[float, ...] = spacing[1:] if flat else spacing
+    if unit == "pixel":
+        sizes = tuple(size / min(sizes) for size in sizes)
+    return ((pixels[:, 0], objects[0], sizes) if flat else (pixels, objects, sizes)), unit
 
 
 def prepare(setup: CentreSetup) -> Prepared:
     """Read the cases, find the size of their objects, and plan the network."""
     if setup.config.synthetic is not None:
         return _prepare_synthetic(setup)
-    opened = [open_objects(case) for case in log.progress(setup.train, "Reading cases")]
+    scaled = [open_scaled(case) for case in log.progress(setup.train, "Reading cases")]
+    opened, units = [each for each, _ in scaled], {unit for _, unit in scaled}
     kinds = {labels.ndim for _, labels, _ in opened}
     if len(kinds) > 1:
         raise DatasetError(f"{setup.dataset.root}: holds 2D and 3D images. Train on one kind.")
@@ -289,15 +307,17 @@ def prepare(setup: CentreSetup) -> Prepared:
         return make_case(case.name, *found, (size or usual) if per_case else usual, config, classes)
 
     cases = [bring(*each) for each in zip(setup.train, opened, sizes, strict=True)]
-    del opened
+    del opened, scaled
     held = []
     for case in log.progress(setup.held_out, "Reading cases"):
         one = open_objects(case)
         held.append(bring(case, one, median_diameter(one[1], one[2])))
     architecture, patch = plan_network(config, kinds.pop())
-    train = CentreSampler(cases, patch, config)
-    validation = CentreSampler(held, patch, config, train=False) if held else None
-    return Prepared(architecture, patch, train.channels, None if per_case else usual, train, validation)
+    channels = count_channels([*cases, *held], config)
+    train = CentreSampler(cases, patch, config, channels=channels)
+    validation = CentreSampler(held, patch, config, train=False, channels=channels) if held else None
+    diameter, unit = (None, None) if per_case else (usual, units.pop() if len(units) == 1 else None)
+    return Prepared(architecture, patch, channels, diameter, train, validation, unit)
 
 
 def _prepare_synthetic(setup: CentreSetup) -> Prepared:
@@ -415,6 +435,7 @@ def _finish(setup: CentreSetup, prepared: Prepared, outcome: loop.Outcome) -> No
     settings = CentreSettings(
         object_voxels=config.object_voxels,
         diameter=prepared.diameter,
+        diameter_unit=prepared.unit,
         percentiles=config.percentiles,
         classes=setup.labels.n_outputs,
         things=(1,) if setup.semantic is None else setup.semantic.classes.thing_values,

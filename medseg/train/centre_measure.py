@@ -72,7 +72,7 @@ def measure_objects(
     bundle: Bundle, cases: Sequence[Case], fold: str, semantic: SemanticMaps | None = None
 ) -> Measured:
     """Find the objects of cases as a user would, and compare them."""
-    from medseg.train.centre import open_objects
+    from medseg.train.centre import open_scaled
 
     if not cases:
         return Measured()
@@ -80,8 +80,8 @@ def measure_objects(
     rows = {}
     parts = []
     for case in log.progress(cases, "Measuring objects"):
-        image, labels, spacing = open_objects(case)
-        found = model.segment(image, spacing, channel_axis=0)
+        (image, labels, spacing), unit = open_scaled(case)
+        found = model.segment(image, spacing, channel_axis=0, unit=unit)
         rows[case.name] = count_matches(labels, found.labels)
         if semantic is not None:
             merged, classes = merge_found(found, semantic.classes), semantic.classes

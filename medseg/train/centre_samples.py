@@ -136,17 +136,23 @@ class CentreSampler:
     patch : voxels an axis
     config : the recipe
     train : False for validation: cases as they are
+    channels : of the network; if not given, of the recipe, or the most of these cases
     """
 
     def __init__(
-        self, cases: Sequence[CentreCase], patch: tuple[int, ...], config: CentreConfig, train: bool = True
+        self,
+        cases: Sequence[CentreCase],
+        patch: tuple[int, ...],
+        config: CentreConfig,
+        train: bool = True,
+        channels: int | None = None,
     ) -> None:
         if not cases:
             raise TrainingError("no cases to draw patches from. Check the split and the dataset.")
         self.cases, self.patch, self.settings, self.train = cases, patch, config, train
         self.config: TrainConfig = config.train
         self.weights = _weights(cases, config)
-        self.channels = config.channels or max(len(case.image) for case in cases)
+        self.channels = channels or count_channels(cases, config)
 
     def sample(self, number: int, forced: bool) -> Sample:
         """Return patch `number` of the run; `forced` puts an object near its middle."""
@@ -162,6 +168,11 @@ class CentreSampler:
             image = change_look(image, labels, self.settings.augment, rng)
         image = np.ascontiguousarray(set_channels(image, self.channels))
         return Sample(image, make_goal(labels, self.settings.object_voxels, classes))
+
+
+def count_channels(cases: Sequence[CentreCase], config: CentreConfig) -> int:
+    """Return the channels that a network of the recipe takes: the most of all cases, if it does not say."""
+    return config.channels or max(len(case.image) for case in cases)
 
 
 def make_goal(labels: IntArray, object_voxels: float, classes: IntArray | None = None) -> FloatArray:

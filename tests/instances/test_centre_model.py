@@ -18,7 +18,7 @@ from medseg.instances.centre_model import (
     prepare_image,
 )
 from medseg.instances.centre_targets import make_targets
-from medseg.instances.diameter import estimate_diameter
+from medseg.instances.diameter import SMALLEST, estimate_diameter
 from medseg.instances.rescale import Grid, labels_to_grid, normalise, read_slab, to_grid
 from medseg.io.channels import set_channels
 from tests.instances.test_centres import cells, same_partition
@@ -107,7 +107,7 @@ def test_an_image_without_objects_has_none(shape: tuple[int, ...]) -> None:
     assert (group_maps(maps_of(one, (1.0,) * len(shape), 1.0), 8.0, SETTINGS).labels == one).all()
 
 
-def ideal_network(voxels: float) -> CentreNetwork:
+def ideal_network(voxels: float, known_factor: float = 2.0) -> CentreNetwork:
     """Stands for a network: it says what is true of an image of 0 and 1, but knows one size of objects."""
 
     def call(batch: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ def ideal_network(voxels: float) -> CentreNetwork:
             labels = np.asarray(cc3d.connected_components(image > 0.5, connectivity=8), np.int32)
             sizes = np.bincount(labels.ravel())
             known = 2 * np.sqrt(sizes / np.pi)
-            labels[~((known > voxels / 2) & (known < voxels * 2))[labels]] = 0
+            labels[~((known > voxels / known_factor) & (known < voxels * known_factor))[labels]] = 0
             targets = make_targets(labels, (1.0, 1.0))
             logit = np.where(labels > 0, 10.0, -10.0)
             outputs.append(
@@ -144,6 +144,14 @@ def test_the_size_of_objects_is_that_at_which_the_network_agrees_with_itself(rad
     assert estimate_diameter(network, image * 0, (1.0, 1.0)) is None
     found = network.find(image, (1.0, 1.0), 2.0 * radius)
     assert len(found.scores) == 4
+
+
+def test_specks_are_not_taken_for_objects_that_need_a_huge_image() -> None:
+    specks = np.zeros((1, 96, 96), np.float32)
+    for row, column in ((3, 3), (3, 4), (4, 3), (4, 4)):
+        specks[0, row::12, column::12] = 1
+    weak = ideal_network(12.0, known_factor=1000.0)  # takes specks, 2.3 pixels wide, for objects
+    assert estimate_diameter(weak, specks, (0.5, 0.5)) == SMALLEST * 0.5
 
 
 def test_shrinking_averages_and_growing_is_linear() -> None:

@@ -7,10 +7,13 @@ import pytest
 from PIL import Image
 
 from medseg.errors import BundleError, ConfigError
-from medseg.instances.models import MODELS, ObjectModel, load_object_model
+from medseg.instances.centre_model import CentreSettings
+from medseg.instances.models import MODELS, ObjectModel, load_object_model, own_diameter
+from medseg.instances.scale import Scale
 from medseg.train.centre_config import CentreConfig, SyntheticConfig, load_centre
 from medseg.train.centre_measure import count_matches
 from medseg.train.synthetic_cells import draw_cells, paint_cells
+from medseg.volume import Geometry, Volume
 
 SCENE = SyntheticConfig(
     diameter=(15, 16), crowd=(0.3, 0.35), noise=(0.03, 0.04), blur=(0.6, 0.7), elongation=1.3
@@ -87,6 +90,47 @@ def test_objects_do_not_depend_on_the_unit(models: dict[str, ObjectModel]) -> No
         assert (other.labels == micron.labels).all() and other.diameter == 7.5 * unit
     found = models["nuclei2d"].segment(image, (500.0, 500.0), diameter=7500.0)
     assert len(found.scores) == len(micron.scores), "nanometres"
+
+
+@pytest.mark.parametrize(
+    ("kept", "spacing", "unit", "expected", "note"),
+    [
+        ("pixel", None, "pixel", 18.0, None),
+        ("pixel", (1.0, 1.0), "pixel", 18.0, None),
+        ("pixel", (0.5, 0.5), "micron", 9.0, "18 pixels"),
+        ("mm", (0.5, 0.5), "mm", 18.0, None),
+        ("mm", (500.0, 500.0), "micron", 18000.0, None),
+        ("micron", (0.0005, 0.0005), "mm", 0.018, None),
+        ("micron", None, "pixel", None, "no scale"),
+        ("mm", (1.0, 1.0), "pixel", None, "no scale"),
+        (None, None, "pixel", None, None),
+        (None, (1.0, 1.0), "micron", 18.0, None),
+        ("micron", (0.5, 0.5), None, 18.0, None),
+    ],
+)
+def test_the_diameter_of_a_model_is_brought_to_the_unit_of_the_image(
+    kept: Scale | None,
+    spacing: tuple[float, float] | None,
+    unit: Scale | None,
+    expected: float | None,
+    note: str | None,
+) -> None:
+    settings = CentreSettings(diameter=18.0, diameter_unit=kept)
+    found, notes = own_diameter(settings, spacing, unit)
+    assert found == (None if expected is None else pytest.approx(expected))
+    assert not notes if note is None else note in notes[0]
+
+
+def test_a_model_that_stores_a_size_in_micrometres_estimates_it_without_a_scale(
+    models: dict[str, ObjectModel],
+) -> None:
+    _, image = scene("nuclei2d")
+    picture = Volume(image.T[..., None], Geometry((*image.T.shape, 1), np.diag([0.5, 0.5, 1, 1]), "micron"))
+    model = models["nuclei2d"].with_settings(diameter=0.0075, diameter_unit="mm")
+    assert model.find(picture).diameter == pytest.approx(7.5)
+    estimated = model.find(picture, in_pixels=True)
+    assert estimated.diameter == models["nuclei2d"].find(picture, in_pixels=True).diameter != 15.0
+    assert "no scale" in estimated.notes[0]
 
 
 def test_an_anisotropic_volume_holds_the_same_cells(models: dict[str, ObjectModel]) -> None:

@@ -1,11 +1,14 @@
 """Training of the centre-offset network on small phantoms: all of it, in seconds."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from medseg.bundle import load_bundle
@@ -79,7 +82,7 @@ def test_a_training_learns_to_find_discs_and_writes_a_bundle(finished: Path, dat
     assert (finished / "fold_0" / "report.html").exists()
     bundle = load_bundle(finished)
     assert bundle.task == "centre-offset" and bundle.n_outputs == 5
-    with pytest.raises(BundleError, match="finds objects"):
+    with pytest.raises(BundleError, match=rf"finds objects .* medseg count --model {finished}"):
         Predictor(bundle)
     with pytest.raises(TrainingError, match="already trained"):
         train_centre(dataset, finished, overrides=QUICK)
@@ -97,6 +100,72 @@ def test_the_bundle_finds_objects_of_any_scale_that_it_is_told(finished: Path) -
     again = model.segment(double, (0.5, 0.5))
     both = count_matches(np.kron(found.labels, np.ones((2, 2), int)), again.labels)[0.5]
     assert both[0] >= 0.8 * len(found.scores)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return PNGs of discs: they have no scale, and all but the two held out (hold_out=2) are RGB or grey."""
+    root = tmp_path_factory.mktemp("pictures")
+    for folder in ("images", "labels"):
+        (root / folder).mkdir()
+    for seed in range(6):
+        labels, image = discs(seed)
+        Image.fromarray(labels.astype(np.uint8)).save(root / "labels" / f"case_{seed}.png")
+        Image.fromarray(image).save(root / "images" / f"case_{seed}.png")
+    for case in decide_centre(root, root, overrides=["hold_out=2"]).train[:2]:
+        colour(case.images[0])
+    return root
+
+
+def colour(path: Path) -> None:
+    grey = np.asarray(Image.open(path))
+    Image.fromarray(np.stack([grey, grey // 2, 255 - grey], -1)).save(path)
+
+
+@pytest.fixture(scope="module")
+def mixed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("mixed")
+    train_centre(pictures, out, overrides=[*QUICK, "hold_out=2"])
+    return out
+
+
+def test_colour_pictures_train_and_grey_ones_are_held_out(mixed: Path) -> None:
+    result = json.loads((mixed / "fold_0" / "result.json").read_text())
+    assert result["cases"] == 4 and result["validation_cases"] == 2
+    assert load_bundle(mixed).in_channels == 3
+
+
+def test_grey_pictures_train_and_colour_ones_are_held_out(pictures: Path, tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    setup = decide_centre(root, tmp_path, overrides=["hold_out=2"])
+    for case in setup.train[:2]:
+        Image.open(case.images[0]).convert("L").save(case.images[0])
+    colour(setup.held_out[0].images[0])
+    for channels, expected in ((), 3), (("channels=1",), 1):
+        quick = [*QUICK, "hold_out=2", "train.epochs=1", "train.steps_per_epoch=2", *channels]
+        train_centre(root, tmp_path / str(expected), overrides=quick)
+        assert load_bundle(tmp_path / str(expected)).in_channels == expected
+
+
+def test_pictures_without_a_scale_are_counted_with_the_diameter_in_pixels(
+    mixed: Path, pictures: Path, tmp_path: Path
+) -> None:
+    settings = load_object_model(mixed, threads=1).settings
+    assert settings.diameter is not None and settings.diameter_unit == "pixel"
+    assert settings.diameter == pytest.approx(9.7, abs=1.5)
+
+    def count(size: str) -> dict[str, Any]:
+        words = ["count", pictures / "images" / "case_0.png", "--model", mixed, "--json", "-o", tmp_path]
+        shown = CliRunner().invoke(app, [*map(str, words), "--pixel-size", size])
+        assert shown.exit_code == 0, shown.output
+        row: dict[str, Any] = json.loads(shown.stdout)["images"][0]
+        return row
+
+    plain, scaled = count("pixel"), count("0.5 micron")
+    assert plain["diameter"] == pytest.approx(settings.diameter, abs=1e-3) and plain["notes"] == []
+    assert scaled["diameter"] == pytest.approx(settings.diameter / 2, abs=1e-3)
+    assert plain["objects"] == scaled["objects"] > 0 and "pixels" in scaled["notes"][0]
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(

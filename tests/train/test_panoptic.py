@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from medseg.bundle import load_bundle
 from medseg.cli import app
-from medseg.errors import DataError, DatasetError
+from medseg.errors import BundleError, DataError, DatasetError
+from medseg.infer import Predictor
 from medseg.instances.count import count_objects
 from medseg.instances.models import load_object_model
 from medseg.instances.panoptic import merge_found
@@ -141,6 +143,28 @@ def test_the_command_makes_a_panoptic_map_of_an_image(
     over = ["--semantic", truth / "semantic" / "image.nii.gz", "--classes", truth / "dataset.json"]
     both = CliRunner().invoke(app, [*map(str, [*words, *over])])
     assert json.loads(both.stdout)["things"] == facts["things"], "its things over the stuff of another map"
+
+
+def test_grey_and_colour_pictures_train_together_and_grey_ones_are_held_out(tmp_path: Path) -> None:
+    data, run = tmp_path / "pictures", tmp_path / "run"
+    for seed in range(4):
+        for folder, array in zip(("images", "labels", "semantic"), scene(2, seed), strict=True):
+            (data / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array.astype(np.uint8)).save(data / folder / f"case_{seed}.png")
+    (data / "dataset.json").write_text(json.dumps(CLASSES[2]))
+    first = decide_centre(data, run, overrides=["hold_out=1"]).train[0].images[0]
+    Image.open(first).convert("RGB").save(first)
+    Image.fromarray(np.asarray(Image.open(first)) // np.array([1, 2, 3], np.uint8)).save(first)
+    quick = [*QUICK, *network(2), "train.epochs=1", "train.steps_per_epoch=2"]
+    words = ["train", str(data), "-o", str(run), "--task", "panoptic", *quick]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    assert load_bundle(run).in_channels == 3
+
+
+def test_labelling_voxels_with_such_a_network_points_to_the_command(trained: tuple[int, Path, Path]) -> None:
+    with pytest.raises(BundleError, match=f"medseg panoptic --model {trained[2]}"):
+        Predictor(load_bundle(trained[2]))
 
 
 def test_counting_with_such_a_network_names_the_classes(trained: tuple[int, Path, Path]) -> None:
