@@ -16,7 +16,7 @@ from medseg.errors import Cancelled
 
 T = TypeVar("T")
 
-STOPPED = "Stopped on request. Run the same command again to continue."
+STOPPED = "Stopped on request. Run the command again, with --resume where it has one."
 
 logger = logging.getLogger("medseg")
 

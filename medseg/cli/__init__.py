@@ -95,7 +95,7 @@ def _run(signals: Signals) -> int:
     except MedsegError as error:
         return _report(error)
     except KeyboardInterrupt:
-        logger.error("Stopped. Run the same command again to continue.")
+        logger.error("Stopped. Run the command again, with --resume where it has one.")
         return signals.exit_code
     except (MemoryError, OSError) as error:
         return _report(_said(error))

@@ -13,7 +13,7 @@ from medseg.config import Config
 from medseg.errors import ConfigError, GeometryError
 from medseg.files import scratch_folder
 from medseg.instances.channels import choose_channel
-from medseg.instances.count import KEPT, PIXELS, in_pixel_units, naming, read_measured
+from medseg.instances.count import KEPT, PIXELS, in_pixel_units, naming, read_beside, read_measured
 from medseg.instances.dropped import Dropped
 from medseg.instances.export import write_csv, write_panoptic_overlay, write_qc
 from medseg.instances.export.label_map import smallest, write_label_map
@@ -29,7 +29,7 @@ from medseg.instances.panoptic import (
 )
 from medseg.instances.split import SPLITTERS
 from medseg.instances.table import Table, measure_objects
-from medseg.io import read, write
+from medseg.io import write
 from medseg.io.formats import suffix_of
 from medseg.io.grids import FLAT_NOTE, grid_difference
 from medseg.labels import PanopticLabels
@@ -127,10 +127,12 @@ def merge_files(
             known, numbered, small = split_things(known, classes, size, chosen.method, config, least)
             small = _with_unit(small, volume, pixel_size == PIXELS)
         else:
-            given = _on_grid(_one_channel(read(objects), objects), volume, objects, semantic)
+            given = _on_grid(
+                _one_channel(read_beside(objects, pixel_size), objects), volume, objects, semantic
+            )
             numbered, small = _plane(given), ()
         merged = merge_dense(known, numbered, classes, min_stuff_mm3 * scale, _voxel(volume), dropped=small)
-    shown = None if image is None else _on_grid(read(image), volume, image, semantic)
+    shown = None if image is None else _on_grid(read_beside(image, pixel_size), volume, image, semantic)
     provenance = {
         "medseg": __version__,
         "semantic": str(semantic),
@@ -162,7 +164,7 @@ def add_things(
         Image and map lie on different grids.
     """
     volume = _read_map(semantic, pixel_size)
-    shown = _on_grid(read(image), volume, image, semantic)
+    shown = _on_grid(read_beside(image, pixel_size), volume, image, semantic)
     with naming(semantic):
         areas = known_classes(volume.array[0], classes)
     least, voxel, in_pixels = min_stuff_mm3 * _scale(volume), _voxel(volume), pixel_size == PIXELS
