@@ -1,6 +1,7 @@
 """``medseg train`` and ``medseg stop``."""
 
 import json as json_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,31 +70,47 @@ def train(
     from medseg.train import describe, fit
 
     chosen |= {**planned, "task": task}
+    limits = {"max_minutes": max_minutes, "resume": resume, "pretrained": pretrained, "device": device}
+    _carry_out(
+        lambda: describe(dataset, out, **chosen),
+        lambda: fit(dataset, out, previous=previous, **limits, **chosen),  # type: ignore[arg-type]
+        out / f"fold_{fold}",
+        _found if task == "detection" else _dice,
+        dry_run,
+        json,
+    )
+
+
+def _carry_out(
+    describe: Callable[[], dict[str, Any]],
+    train: Callable[[], object],
+    folder: Path,
+    say: Callable[[dict[str, Any]], str],
+    dry_run: bool,
+    json: bool,
+) -> None:
+    """Say what would be trained, or train and `say` what result.json of the fold's folder holds."""
     if dry_run:
-        facts = describe(dataset, out, **chosen)
+        facts = describe()
         typer.echo(json_module.dumps(facts, indent=1) if json else _readable(facts))
         return
-    bundle = fit(
-        dataset,
-        out,
-        max_minutes=max_minutes,
-        resume=resume,
-        pretrained=pretrained,
-        previous=previous,
-        device=device,
-        **chosen,  # type: ignore[arg-type]
-    )
-    summary = json_module.loads((out / f"fold_{fold}" / "result.json").read_text())
+    bundle = train()
+    summary = json_module.loads((folder / "result.json").read_text())
     if json:
         typer.echo(json_module.dumps(summary))
         return
     typer.echo(f"Bundle: {bundle}")
-    typer.echo(f"Report: {out / f'fold_{fold}' / 'report.html'}")
-    if task == "detection":
-        typer.echo(_found(summary))
-        return
-    for name, dice in summary["validation_dice"].items():
-        typer.echo(f"  Dice {name}: {dice:.4f}" if dice is not None else f"  Dice {name}: no case has it")
+    typer.echo(f"Report: {folder / 'report.html'}")
+    if said := say(summary):  # nothing, where no case was held out
+        typer.echo(said)
+
+
+def _dice(summary: dict[str, Any]) -> str:
+    """Say how well each label of held-out cases was found."""
+    return "\n".join(
+        f"  Dice {name}: {dice:.4f}" if dice is not None else f"  Dice {name}: no case has it"
+        for name, dice in summary["validation_dice"].items()
+    )
 
 
 def _found(summary: dict[str, Any]) -> str:
@@ -129,21 +146,22 @@ def _tune(
     """Fine-tune a promptable network and say how much better it is."""
     from medseg.train.promptable import describe_tuning, tune
 
-    if dry_run:
-        facts = describe_tuning(dataset, out, **chosen)
-        typer.echo(json_module.dumps(facts, indent=1) if json else _readable(facts))
-        return
-    bundle = tune(dataset, out, **chosen, **limits)  # type: ignore[arg-type]
-    folder = out / f"fold_{chosen['fold']}"
-    summary = json_module.loads((folder / "result.json").read_text())
-    if json:
-        typer.echo(json_module.dumps(summary))
-        return
-    typer.echo(f"Bundle: {bundle}")
-    typer.echo(f"Report: {folder / 'report.html'}")
-    typer.echo("Dice on slices of held-out cases, after a jittered box and after each click:")
+    _carry_out(
+        lambda: describe_tuning(dataset, out, **chosen),
+        lambda: tune(dataset, out, **chosen, **limits),  # type: ignore[arg-type]
+        out / f"fold_{chosen['fold']}",
+        _clicks,
+        dry_run,
+        json,
+    )
+
+
+def _clicks(summary: dict[str, Any]) -> str:
+    """Say how well held-out cases are answered."""
+    lines = ["Dice on slices of held-out cases, after a jittered box and after each click:"]
     for name in ("before", "after"):
-        typer.echo(f"  {name:<7}" + "".join(f"{dice:8.4f}" for dice in summary[name]["dice"]))
+        lines.append(f"  {name:<7}" + "".join(f"{dice:8.4f}" for dice in summary[name]["dice"]))
+    return "\n".join(lines)
 
 
 def _find_objects(
@@ -157,23 +175,26 @@ def _find_objects(
     """Train a network that finds objects and say how many it finds."""
     from medseg.train.centre import describe_centre, train_centre
 
-    if dry_run:
-        facts = describe_centre(dataset, out, **chosen)
-        typer.echo(json_module.dumps(facts, indent=1) if json else _readable(facts))
-        return
-    bundle = train_centre(dataset, out, **chosen, **limits)  # type: ignore[arg-type]
-    folder = out / f"fold_{chosen['fold']}"
-    summary = json_module.loads((folder / "result.json").read_text())
-    if json:
-        typer.echo(json_module.dumps(summary))
-        return
-    typer.echo(f"Bundle: {bundle}")
-    typer.echo(f"Report: {folder / 'report.html'}")
-    for threshold, accuracy in summary["accuracy"].items():
-        typer.echo(f"  TP/(TP+FP+FN) at IoU {threshold}, all objects of held-out cases: {accuracy:.4f}")
+    _carry_out(
+        lambda: describe_centre(dataset, out, **chosen),
+        lambda: train_centre(dataset, out, **chosen, **limits),  # type: ignore[arg-type]
+        out / f"fold_{chosen['fold']}",
+        _matched,
+        dry_run,
+        json,
+    )
+
+
+def _matched(summary: dict[str, Any]) -> str:
+    """Say how many objects of held-out cases are matched."""
+    lines = [
+        f"  TP/(TP+FP+FN) at IoU {threshold}, all objects of held-out cases: {accuracy:.4f}"
+        for threshold, accuracy in summary["accuracy"].items()
+    ]
     for part in ("overall", "things", "stuff") if "panoptic" in summary else ():
         pq = summary["panoptic"][part]["pq"]
-        typer.echo(f"  PQ {part}: {'-' if pq is None else f'{pq:.4f}'}")
+        lines.append(f"  PQ {part}: {'-' if pq is None else f'{pq:.4f}'}")
+    return "\n".join(lines)
 
 
 def _find_all(
